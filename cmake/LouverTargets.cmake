@@ -1,0 +1,58 @@
+# Our own targets: the core (no ggml, no Python), the adapter to ggml, the Python extension.
+set(_warnings -Wall -Wextra -Wpedantic -Wshadow -Wno-unknown-pragmas)
+if(LOUVER_WERROR)
+  list(APPEND _warnings -Werror)
+endif()
+# The bounds of docs/guarantee.md hold for IEEE arithmetic with rounding to nearest: no fast-math, ever, and
+# no contraction that the source does not spell out.
+set(_numerics -fno-fast-math -ffp-contract=off)
+
+set(_cpp "${CMAKE_CURRENT_SOURCE_DIR}/cpp")
+file(GLOB _core_sources CONFIGURE_DEPENDS
+     "${_cpp}/src/index/*.cpp" "${_cpp}/src/oracle/*.cpp" "${_cpp}/src/attention/*.cpp" "${_cpp}/src/kernels/*.cpp")
+add_library(louver_core STATIC ${_core_sources})
+target_include_directories(louver_core PUBLIC "${_cpp}/include" PRIVATE "${_cpp}/src")
+target_compile_options(louver_core PRIVATE ${_warnings} ${_numerics})
+set_target_properties(louver_core PROPERTIES CXX_VISIBILITY_PRESET hidden)
+
+# One file per instruction set; a kernel file includes nothing that could leave an inline function compiled
+# for that set in the library (HACKING.md, "Add a kernel").
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  target_compile_definitions(louver_core PRIVATE LOUVER_X86)
+  # (GCC 12 warns of its own intrinsics: bug 105593.)
+  set_source_files_properties("${_cpp}/src/kernels/avx512.cpp" PROPERTIES COMPILE_OPTIONS
+    "-Wno-maybe-uninitialized;-Wno-uninitialized;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512")
+endif()
+
+# The only code that knows ggml and llama.cpp.
+file(GLOB _ggml_sources CONFIGURE_DEPENDS "${_cpp}/src/ggml/*.cpp")
+add_library(louver-ggml SHARED ${_ggml_sources})
+target_link_libraries(louver-ggml PRIVATE louver_core ggml-base ggml-cpu)
+target_include_directories(louver-ggml PUBLIC "${_cpp}/include" PRIVATE "${_cpp}/src")
+target_include_directories(louver-ggml SYSTEM PRIVATE
+  "${LOUVER_LLAMA_CPP_DIR}/ggml/include" "${LOUVER_LLAMA_CPP_DIR}/ggml/src" "${LOUVER_LLAMA_CPP_DIR}/ggml/src/ggml-cpu")
+target_link_options(louver-ggml PRIVATE -Wl,--no-undefined)
+target_compile_options(louver-ggml PRIVATE ${_warnings} ${_numerics})
+target_compile_definitions(louver-ggml PRIVATE
+  LOUVER_PIN_VERSION="${LOUVER_PIN_VERSION}" LOUVER_PIN_GGML_VERSION="${LOUVER_PIN_GGML_VERSION}"
+  LOUVER_PIN_COMMIT="${LLAMA_BUILD_COMMIT}")
+set_target_properties(louver-ggml PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON
+                      LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
+
+# The Python extension.
+execute_process(COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir OUTPUT_STRIP_TRAILING_WHITESPACE
+                OUTPUT_VARIABLE nanobind_ROOT COMMAND_ERROR_IS_FATAL ANY)
+find_package(nanobind CONFIG REQUIRED)
+file(GLOB _binding_sources CONFIGURE_DEPENDS "${_cpp}/bindings/*.cpp")
+nanobind_add_module(_core STABLE_ABI NB_STATIC NOMINSIZE ${_binding_sources})
+target_link_libraries(_core PRIVATE louver-ggml louver_core)
+target_include_directories(_core PRIVATE "${_cpp}/src")
+target_include_directories(_core SYSTEM PRIVATE "${NB_DIR}/include" ${Python_INCLUDE_DIRS})  # their warnings are theirs
+target_compile_options(_core PRIVATE ${_warnings})
+set_target_properties(_core PROPERTIES INSTALL_RPATH "$ORIGIN/lib" BUILD_WITH_INSTALL_RPATH ON
+                      LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
+nanobind_add_stub(_core_stub MODULE _core OUTPUT _core.pyi PYTHON_PATH $<TARGET_FILE_DIR:_core> DEPENDS _core)
+
+install(TARGETS _core LIBRARY DESTINATION louver_llama COMPONENT louver)
+install(TARGETS louver-ggml ${LOUVER_LLAMA_TARGETS} LIBRARY DESTINATION louver_llama/lib COMPONENT louver)
+install(FILES "${CMAKE_BINARY_DIR}/_core.pyi" DESTINATION louver_llama COMPONENT louver)

@@ -1,0 +1,42 @@
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "louver/isa.h"
+#include "louver/runtime.h"
+
+namespace nb = nanobind;
+
+namespace louver {
+
+void bind_libraries(nb::module_ & m) {
+    nb::exception<LibraryMismatch>(m, "LibraryMismatch", PyExc_RuntimeError);
+
+    const Libraries l = libraries();
+    nb::dict pin;
+    pin["llama_cpp_python"] = l.pin_package_version;
+    pin["ggml"] = l.pin_ggml_version;
+    pin["commit"] = l.pin_commit;
+    m.attr("PIN") = pin;
+
+    m.def(
+        "loaded_libraries",
+        [] {
+            const Libraries found = libraries();
+            nb::dict d;
+            d["ggml"] = found.ggml_version;
+            d["commit"] = found.commit;
+            d["ggml_cpu_path"] = found.ggml_cpu_path;
+            d["louver_path"] = found.louver_path;
+            return d;
+        },
+        nb::sig("def loaded_libraries() -> dict[str, str]"), "Versions and paths of the libraries in this process.");
+    m.def("attach", &attach,
+          "Register our attention with ggml-cpu, once per process.\n\n"
+          "Raises LibraryMismatch if the llama.cpp in this process is not the one we were built with, and ValueError if LOUVER_ISA "
+          "names an instruction set this machine lacks.");
+    m.def("available_isas", &available_isas, "Instruction sets the kernels can use here, best first.");
+    m.def("isa", &active_isa, "The instruction set the kernels use. Raises ValueError for a bad LOUVER_ISA.");
+}
+
+}  // namespace louver

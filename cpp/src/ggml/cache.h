@@ -1,0 +1,78 @@
+// One layer's K and V in llama.cpp's cache, and the index over them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "louver/grid_index.h"
+#include "louver/runtime.h"
+#include "louver/types.h"
+
+struct ggml_tensor;
+
+namespace louver {
+
+// A cache tensor: n_stream x kv_size rows, the heads of a row side by side.
+struct CachePlane {
+    std::byte * data = nullptr;
+    size_t row_size = 0;   // bytes
+    int64_t n_rows = 0;    // of all streams
+    size_t head_size = 0;  // bytes
+    int dim = 0;
+    DType type = DType::f32;
+
+    size_t size() const { return row_size * static_cast<size_t>(n_rows); }
+    bool operator==(const CachePlane &) const = default;
+};
+
+struct Cache {
+    Cache(Runtime * owner, int layer_id, const CachePlane & k, const CachePlane & v, int64_t cells_per_stream, int kv_heads);
+
+    // Rows [first, first + count), counted over all streams, were written.
+    void invalidate(int64_t first, int64_t count);
+
+    const Rows * keys(int64_t stream) const { return key_rows.data() + stream * n_head_kv; }
+    const Rows * values(int64_t stream) const { return value_rows.data() + stream * n_head_kv; }
+    const GridIndex * const * index(int64_t stream) const { return index_views.data() + stream * n_head_kv; }
+    GridIndex & index_of(int64_t stream, int head) { return *indexes[static_cast<size_t>(stream * n_head_kv + head)]; }
+
+    // Brings the index of one stream's block up to date for the cells of `wanted`; blocks may be repaired at the same time.
+    void repair(int64_t stream, int block, uint64_t wanted, int64_t & blocks_built, int64_t & cells_encoded);
+
+    // Folds the last step's certificates into the owner's totals. No thread may be computing.
+    void collect();
+    void describe(Stats & stats) const;
+
+    Runtime * owner;
+    int layer;
+    CachePlane k;
+    CachePlane v;
+    int64_t kv_size;
+    int64_t n_stream;
+    int n_head_kv;
+    std::vector<std::unique_ptr<GridIndex>> indexes;  // [n_stream][n_head_kv], as the next three
+    std::vector<const GridIndex *> index_views;
+    std::vector<Rows> key_rows;
+    std::vector<Rows> value_rows;
+
+    // The last step, filled by the threads of the attention op and collected after it.
+    struct Step {
+        struct Query {
+            int stream;
+            int token;
+            Path path;
+            Reason reason;
+        };
+        bool pending = false;
+        int n_head = 0;
+        std::vector<Query> queries;
+        std::vector<HeadCertificate> certificates;  // [queries][n_head]
+        std::vector<CheckCounts> checked;           // [threads], as the next two
+        std::vector<int64_t> blocks_built;
+        std::vector<int64_t> cells_encoded;
+    };
+    Step step;
+};
+
+}  // namespace louver

@@ -1,0 +1,221 @@
+// The reference kernels: what each operation means, in plain C++.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/bounds.h"
+#include "kernels/kernels.h"
+#include "kernels/numeric.h"
+#include "kernels/tables.h"
+
+namespace louver {
+namespace {
+
+void row_to_f32(DType type, const std::byte * row, int dim, float * out) {
+    switch (type) {
+        case DType::f32: std::memcpy(out, row, static_cast<size_t>(dim) * sizeof(float)); break;
+        case DType::f16:
+        case DType::bf16:
+            for (int c = 0; c < dim; ++c) {
+                uint16_t bits;
+                std::memcpy(&bits, row + 2 * c, sizeof(bits));
+                out[c] = type == DType::f16 ? f16_to_f32(bits) : bf16_to_f32(bits);
+            }
+            break;
+        case DType::q8_0:
+            for (int c = 0; c < dim; ++c) {
+                const std::byte * group = row + c / 32 * 34;
+                uint16_t scale;
+                std::memcpy(&scale, group, sizeof(scale));
+                out[c] = f16_to_f32(scale) * static_cast<float>(static_cast<int8_t>(group[2 + c % 32]));
+            }
+            break;
+    }
+}
+
+void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out) {
+    const int dim_padded = padded(rows.dim);
+    for (int i = 0; i < n; ++i, out += dim_padded) {
+        row_to_f32(rows.type, rows.row(cells ? cells[i] : i), rows.dim, out);
+        std::fill(out + rows.dim, out + dim_padded, 0.0f);
+    }
+}
+
+void dots(const float * query, int n_query, const float * keys, int n, int dim_padded, float * out, int64_t out_stride) {
+    for (int h = 0; h < n_query; ++h) {
+        for (int i = 0; i < n; ++i) {
+            float sum = 0;
+            for (int c = 0; c < dim_padded; ++c) {
+                sum += query[h * dim_padded + c] * keys[i * dim_padded + c];
+            }
+            out[h * out_stride + i] = sum;
+        }
+    }
+}
+
+float largest(const float * x, int n) {
+    float most = x[0];
+    for (int i = 1; i < n; ++i) {
+        most = !(x[i] <= most) ? x[i] : most;
+        if (std::isnan(most)) {
+            return most;
+        }
+    }
+    return most;
+}
+
+float exp2_sum(float * x, int n, float scale, float shift) {
+    float sum = 0;
+    for (int i = 0; i < n; ++i) {
+        x[i] = std::exp2(x[i] * scale - shift);
+        sum += x[i];
+    }
+    return sum;
+}
+
+void accumulate(const float * weight, int64_t weight_stride, const float * rescale, int n_query, const float * values, int n,
+                int dim_padded, float * acc) {
+    for (int h = 0; h < n_query; ++h) {
+        float * out = acc + h * dim_padded;
+        for (int c = 0; c < dim_padded; ++c) {
+            float sum = out[c] * rescale[h];
+            for (int i = 0; i < n; ++i) {
+                sum += weight[h * weight_stride + i] * values[i * dim_padded + c];
+            }
+            out[c] = sum;
+        }
+    }
+}
+
+// The query of one head, scaled by one block's steps and rounded to int8.
+struct BlockQuery {
+    int8_t level[1024];
+    ScoreBound bound;
+};
+
+void quantize_query(const ScanArgs & a, int block, int head, BlockQuery & out) {
+    const int dim_padded = padded(a.dim);
+    const float * query = a.query + head * dim_padded;
+    const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
+    const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
+
+    float largest = 0;
+    for (int c = 0; c < a.dim; ++c) {
+        largest = std::max(largest, std::fabs(query[c] * bf16_to_f32(step[c])));
+    }
+    // Below this the squares of the rounding errors would underflow; such a block is bounded without its codes.
+    const bool tiny = largest < kTinyScaledQuery;
+    const float quantum = tiny ? 0.0f : largest / kQueryLevels;
+    const float inverse = tiny ? 0.0f : kQueryLevels / largest;
+
+    float base = 0;
+    float error_squared = 0;
+    for (int c = 0; c < a.dim; ++c) {
+        const float scaled = query[c] * bf16_to_f32(step[c]);
+        const float level = std::nearbyint(scaled * inverse);
+        const float error = scaled - quantum * level;
+        out.level[c] = static_cast<int8_t>(level);
+        base += query[c] * bf16_to_f32(center[c]) - 128.0f * quantum * level;
+        error_squared += error * error;
+    }
+    const float error_norm = tiny ? tiny_error_norm(a.dim) : std::sqrt(error_squared);
+    out.bound = score_bound(quantum, base, error_norm, a.bounds[block], a.query_norm[head], a.dim, a.to_log2, a.reference[head],
+                            a.certified);
+}
+
+void scan(const ScanArgs & a) {
+    const int groups = (a.dim + 3) / 4;
+    BlockQuery query;
+    for (int b = 0; b < a.n_blocks; ++b) {
+        const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
+        for (int h = 0; h < a.n_query; ++h) {
+            float * weight = a.weight + h * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
+            if (a.cells[b] == 0) {
+                std::fill(weight, weight + kBlockCells, 0.0f);
+                a.slack[h * a.slack_stride + b] = 0;
+                continue;
+            }
+            quantize_query(a, b, h, query);
+            a.slack[h * a.slack_stride + b] = query.bound.slack;
+
+            double sum = 0;
+            for (int i = 0; i < kBlockCells; ++i) {
+                weight[i] = 0;
+                if ((a.cells[b] >> i & 1) == 0) {
+                    continue;
+                }
+                int32_t dot = 0;
+                for (int c = 0; c < a.dim; ++c) {
+                    dot += query.level[c] * codes[(c / 4 * kBlockCells + i) * 4 + c % 4];
+                }
+                const float score = static_cast<float>(dot) * query.bound.quantum + query.bound.offset;
+                weight[i] = std::exp2(std::max(score, kMinLog2));
+                sum += weight[i];
+                for (int j = 0; j < kCandidates; ++j) {
+                    if (weight[i] < a.candidate[j]) {
+                        a.below[h * kCandidates + j] += weight[i];
+                    }
+                }
+            }
+            a.lower[h] += sum * lower_factor(query.bound.slack);
+        }
+    }
+}
+
+void sums_below(const float * weight, int64_t n, const float * candidate, double * below) {
+    for (int64_t i = 0; i < n; ++i) {
+        for (int j = 0; j < kCandidates; ++j) {
+            if (weight[i] < candidate[j]) {
+                below[j] += weight[i];
+            }
+        }
+    }
+}
+
+void select(const float * weight, int64_t weight_stride, const float * threshold, int n_query, int n_blocks, uint64_t * kept) {
+    for (int b = 0; b < n_blocks; ++b) {
+        for (int h = 0; h < n_query; ++h) {
+            for (int i = 0; i < kBlockCells; ++i) {
+                // Negated, so that a NaN is kept.
+                if (!(weight[h * weight_stride + static_cast<int64_t>(b) * kBlockCells + i] < threshold[h])) {
+                    kept[b] |= uint64_t{1} << i;
+                }
+            }
+        }
+    }
+}
+
+void dropped_sums(const float * weight, int64_t weight_stride, int n_query, const uint64_t * kept, int n_blocks, float * out,
+                  int64_t out_stride) {
+    for (int h = 0; h < n_query; ++h) {
+        for (int b = 0; b < n_blocks; ++b) {
+            float sum = 0;
+            for (int i = 0; i < kBlockCells; ++i) {
+                if ((kept[b] >> i & 1) == 0) {
+                    sum += weight[h * weight_stride + static_cast<int64_t>(b) * kBlockCells + i];
+                }
+            }
+            out[h * out_stride + b] = sum;
+        }
+    }
+}
+
+bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
+    bool plain = true;
+    for (int64_t i = 0; i < n; ++i) {
+        if (i % 64 == 0) {
+            bits[i / 64] = 0;
+        }
+        const bool visible = (mask[i] & 0x7fffu) == 0;
+        plain = plain && (visible || mask[i] == 0xfc00u);
+        bits[i / 64] |= static_cast<uint64_t>(visible) << (i % 64);
+    }
+    return plain;
+}
+
+}  // namespace
+
+const Kernels kScalarKernels = {"scalar", rows_to_f32, dots, largest, exp2_sum, accumulate, scan, sums_below, select, dropped_sums,
+                                mask_to_bits};
+
+}  // namespace louver
