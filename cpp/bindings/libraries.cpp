@@ -31,10 +31,11 @@ void bind_libraries(nb::module_ & m) {
             return d;
         },
         nb::sig("def loaded_libraries() -> dict[str, str]"), "Versions and paths of the libraries in this process.");
-    m.def("attach", &attach,
-          "Register our attention with ggml-cpu, once per process.\n\n"
-          "Raises LibraryMismatch if the llama.cpp in this process is not the one we were built with, and ValueError if LOUVER_ISA "
-          "names an instruction set this machine lacks.");
+    m.def(
+        "attach", &attach,
+        "Register our attention with ggml-cpu, once per process.\n\n"
+        "Raises LibraryMismatch if the llama.cpp in this process is not the one we were built with, and ValueError if LOUVER_ISA "
+        "names an instruction set this machine lacks.");
     m.def("available_isas", &available_isas, "Instruction sets the kernels can use here, best first.");
     m.def("isa", &active_isa, "The instruction set the kernels use. Raises ValueError for a bad LOUVER_ISA.");
 }

@@ -5,4 +5,5 @@ NB_MODULE(_core, m) {
     m.doc() = "Louver's engine: kernels, runtimes, the adapter to llama.cpp.";
     louver::bind_libraries(m);
     louver::bind_runtime(m);
+    louver::bind_testing(m);
 }

@@ -142,7 +142,8 @@ nb::dict stats_dict(const Stats & s) {
 }  // namespace
 
 void bind_runtime(nb::module_ & m) {
-    nb::class_<Runtime>(m, "Runtime", "Louver's settings, indexes and counts for one llama.cpp context. Must outlive the context.")
+    nb::class_<Runtime>(m, "Runtime",
+                        "Louver's settings, indexes and counts for one llama.cpp context. Must outlive the context.")
         .def(
             "__init__",
             [](Runtime * self, const nb::kwargs & settings) {
@@ -150,7 +151,8 @@ void bind_runtime(nb::module_ & m) {
                 apply(config, settings);
                 new (self) Runtime(config);
             },
-            nb::sig("def __init__(self, *, epsilon: float = 0.05, min_context: int = 1024, sinks: int = 4, recent: int = 64, certified: "
+            nb::sig("def __init__(self, *, epsilon: float = 0.05, min_context: int = 1024, sinks: int = 4, recent: int = 64, "
+                    "certified: "
                     "bool = True, compensate: bool = True, enabled: bool = True, check: bool = False, n_ctx: int = 0) -> None"),
             "n_ctx: cells per stream of the context's full cache, by which sliding-window caches are told apart; 0 if unknown.")
         .def(
@@ -161,12 +163,14 @@ void bind_runtime(nb::module_ & m) {
                 self.configure(config);
             },
             nb::sig("def configure(self, *, epsilon: float = ..., min_context: int = ..., sinks: int = ..., recent: int = ..., "
-                    "certified: bool = ..., compensate: bool = ..., enabled: bool = ..., check: bool = ..., n_ctx: int = ...) -> None"),
+                    "certified: bool = ..., compensate: bool = ..., enabled: bool = ..., check: bool = ..., n_ctx: int = ...) -> "
+                    "None"),
             "Change settings between decodes; those not named keep their value.")
         .def(
-            "config", [](const Runtime & self) { return config_dict(self.config()); }, nb::sig("def config(self) -> dict[str, object]"),
-            "The settings in force.")
-        .def("enter", &Runtime::enter, "Caches that this thread's graphs show first between enter() and exit() belong to this runtime.")
+            "config", [](const Runtime & self) { return config_dict(self.config()); },
+            nb::sig("def config(self) -> dict[str, object]"), "The settings in force.")
+        .def("enter", &Runtime::enter,
+             "Caches that this thread's graphs show first between enter() and exit() belong to this runtime.")
         .def("exit", &Runtime::exit, "Ends what enter() began, on the same thread.")
         .def(
             "stats", [](Runtime & self) { return stats_dict(self.stats()); }, nb::sig("def stats(self) -> dict[str, object]"),

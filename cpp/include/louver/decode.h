@@ -11,17 +11,17 @@
 namespace louver {
 
 struct DecodeSettings {
-    double epsilon = 0.05;    // largest share of the softmax mass that may be dropped, in [0, 1); 0: nothing, which is dense
-    bool certified = true;    // false: trust the index's scores without slack; delta is then an estimate
-    bool compensate = true;   // add dropped cells back as approximate weight times their block's mean value
-    int sinks = 4;            // the first visible cells, always attended
-    int recent = 64;          // the last visible cells, always attended
-    bool check = false;       // compare everything with brute force, for tests and doubts: slower than dense
+    double epsilon = 0.05;   // largest share of the softmax mass that may be dropped, in [0, 1); 0: nothing, which is dense
+    bool certified = true;   // false: trust the index's scores without slack; delta is then an estimate
+    bool compensate = true;  // add dropped cells back as approximate weight times their block's mean value
+    int sinks = 4;           // the first visible cells, always attended
+    int recent = 64;         // the last visible cells, always attended
+    bool check = false;      // compare everything with brute force, for tests and doubts: slower than dense
 };
 
 // What is proven of one query head's output at one step.
 struct HeadCertificate {
-    float tau = 0;           // every visible key with q.k >= tau was attended
+    float tau = 0;  // every visible key with q.k >= tau was attended
     int32_t n_visible = 0;
     int32_t n_scanned = 0;   // keys bounded through the index
     int32_t n_attended = 0;  // keys scored exactly
@@ -48,8 +48,8 @@ struct DecodeTask {
     int n_head = 0;
     int n_head_kv = 0;
     int64_t n_kv = 0;
-    float scale = 1;                            // of q.k, > 0
-    const std::byte * query = nullptr;          // float32 [n_head][key_dim], heads query_stride bytes apart
+    float scale = 1;                    // of q.k, > 0
+    const std::byte * query = nullptr;  // float32 [n_head][key_dim], heads query_stride bytes apart
     int64_t query_stride = 0;
     const Rows * keys = nullptr;                // [n_head_kv]
     const Rows * values = nullptr;              // [n_head_kv]
@@ -57,8 +57,8 @@ struct DecodeTask {
     const uint64_t * visible = nullptr;         // [n_blocks_for(n_kv)] bit per cell
     std::byte * output = nullptr;               // float32 [n_head][value_dim], heads output_stride bytes apart
     int64_t output_stride = 0;
-    HeadCertificate * certificates = nullptr;   // [n_head], out
-    CheckCounts * checked = nullptr;            // [team size], out: each thread adds its own where settings.check
+    HeadCertificate * certificates = nullptr;  // [n_head], out
+    CheckCounts * checked = nullptr;           // [team size], out: each thread adds its own where settings.check
     DecodeSettings settings;
 
     int n_gqa() const { return n_head / n_head_kv; }

@@ -45,7 +45,7 @@ struct RuntimeConfig {
     DecodeSettings decode;
     int64_t min_context = 1024;  // with fewer visible cells, stock's dense attention is as fast
     bool enabled = true;
-    int64_t n_ctx = 0;           // cells per stream of the context's full cache; smaller caches are sliding windows. 0: unknown
+    int64_t n_ctx = 0;  // cells per stream of the context's full cache; smaller caches are sliding windows. 0: unknown
 };
 
 enum class Path { louver, dense, stock };
@@ -94,11 +94,11 @@ struct Stats {
     double delta_max = 0;
     double error_bound_max = 0;
     CheckCounts checked;
-    int64_t blocks_built = 0;    // one KV head's block each
-    int64_t cells_encoded = 0;   // one KV head's cell each, as the next two
+    int64_t blocks_built = 0;   // one KV head's block each
+    int64_t cells_encoded = 0;  // one KV head's cell each, as the next two
     int64_t index_cells = 0;
     int64_t index_bytes = 0;
-    int64_t cache_bytes = 0;     // of K and V of the indexed cells
+    int64_t cache_bytes = 0;  // of K and V of the indexed cells
     std::vector<LayerCertificates> last_step;
 };
 

@@ -37,7 +37,9 @@ struct Rows {
 // Vectors are padded with zeros to whole registers, so that no kernel has a tail in the head dimension.
 [[gnu::always_inline]] constexpr int padded(int dim) { return (dim + 15) / 16 * 16; }
 
-[[gnu::always_inline]] constexpr int n_blocks_for(int64_t n_cells) { return static_cast<int>((n_cells + kBlockCells - 1) / kBlockCells); }
+[[gnu::always_inline]] constexpr int n_blocks_for(int64_t n_cells) {
+    return static_cast<int>((n_cells + kBlockCells - 1) / kBlockCells);
+}
 
 // What the index knows of a block besides its codes. Each field is rounded outward.
 struct BlockBounds {

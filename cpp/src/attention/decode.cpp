@@ -31,7 +31,7 @@ double score_error(float query_norm, float key_norm, int dim, double to_log2) {
 }
 
 // Cells before `first_end` and from `last_begin` on are always attended.
-struct Kept {
+struct Always {
     int64_t first_end;
     int64_t last_begin;
 
@@ -49,8 +49,8 @@ class Decoder {
     Decoder(const DecodeTask & task, const Team & team, void * memory)
         : t_(task),
           team_(team),
-          s_(static_cast<std::byte *>(memory), task.n_head, task.n_head_kv, task.n_kv, task.keys[0].dim, task.values[0].dim, team.rank,
-             team.size),
+          s_(static_cast<std::byte *>(memory), task.n_head, task.n_head_kv, task.n_kv, task.keys[0].dim, task.values[0].dim,
+             team.rank, team.size),
           k_(kernels()),
           dense_(task.settings.epsilon <= 0),
           gqa_(task.n_gqa()),
@@ -72,7 +72,7 @@ class Decoder {
             choose(oracle);
         }
         if (!failed()) {
-            for_each_chunk([&](int first, int count) { attend_chunk(first, count); });
+            for_each_chunk([&](int first, int count) { dense_ ? attend_all(first, count) : attend_survivors(first, count); });
             report_finite();
         }
         team_.barrier();
@@ -105,10 +105,15 @@ class Decoder {
     const float * query(int h) const { return s_.query + static_cast<size_t>(h) * static_cast<size_t>(key_width_); }
     float * weight(int h) const { return s_.weight + h * s_.weight_stride; }
     float * slack(int h) const { return s_.slack + static_cast<size_t>(h) * static_cast<size_t>(s_.n_blocks); }
-    Partial & partial(int rank, int h) const { return s_.partial[static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h)]; }
+    Partial & partial(int rank, int h) const {
+        return s_.partial[static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h)];
+    }
     Partial & mine(int h) const { return partial(team_.rank, h); }
-    size_t slot(int rank, int h) const { return static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h); }
+    size_t slot(int rank, int h) const {
+        return static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h);
+    }
     float * output(int rank, int h) const { return s_.output + slot(rank, h) * static_cast<size_t>(value_width_); }
+    uint64_t * kept_of(int kv_head) const { return s_.kept + kv_head * kChunkBlocks; }
     uint64_t indexed(int kv_head, int block) const { return t_.visible[block] & t_.index[kv_head]->indexed(block); }
 
     // Which cells the settings keep whatever their score, from the first and the last visible ones.
@@ -117,7 +122,7 @@ class Decoder {
         for (int b = 0; b < s_.n_blocks; ++b) {
             n_visible_ += std::popcount(t_.visible[b]);
         }
-        kept_ = {nth_visible(t_.settings.sinks), nth_visible_from_end(t_.settings.recent)};
+        always_ = {nth_visible(t_.settings.sinks), nth_visible_from_end(t_.settings.recent)};
     }
     // One past the n-th visible cell, 0 for n = 0.
     int64_t nth_visible(int n) const {
@@ -171,7 +176,7 @@ class Decoder {
     void begin_head(int h) {
         float * q = s_.query + static_cast<size_t>(h) * static_cast<size_t>(key_width_);
         const Rows source = {t_.query + h * t_.query_stride, 0, t_.keys[0].dim, DType::f32};
-        k_.rows_to_f32(source, nullptr, 1, q);
+        k_.rows_to_f32(source, nullptr, 1, q, {});
         double squared = 0;
         for (int c = 0; c < source.dim; ++c) {
             squared += static_cast<double>(q[c]) * q[c];
@@ -201,7 +206,7 @@ class Decoder {
         if (n == 0) {
             return;
         }
-        k_.rows_to_f32(t_.keys[kv_head], s_.cells, n, s_.keys);
+        k_.rows_to_f32(t_.keys[kv_head], s_.cells, n, s_.keys, {});
         k_.dots(query(kv_head * gqa_), gqa_, s_.keys, n, key_width_, s_.scores, kBlockCells);
         for (int j = 0; j < gqa_; ++j) {
             const float peak = k_.largest(s_.scores + j * kBlockCells, n) * static_cast<float>(to_log2_);
@@ -253,15 +258,14 @@ class Decoder {
 
     // Visible cells that the index does not cover are attended for sure; their exact weights belong to the lower bound.
     void add_unindexed(int kv_head, int first, int count) {
-        int n = 0;
-        for (int b = first; b < first + count; ++b) {
-            for (uint64_t left = t_.visible[b] & ~t_.index[kv_head]->indexed(b); left != 0; left &= left - 1) {
-                s_.cells[n++] = b * kBlockCells + std::countr_zero(left);
-            }
+        uint64_t unindexed[kChunkBlocks];
+        for (int b = 0; b < count; ++b) {
+            unindexed[b] = t_.visible[first + b] & ~t_.index[kv_head]->indexed(first + b);
         }
+        const int n = list_cells(first, unindexed, count, 0);
         for (int i = 0; i < n; i += kBlockCells) {
             const int tile = std::min(kBlockCells, n - i);
-            k_.rows_to_f32(t_.keys[kv_head], s_.cells + i, tile, s_.keys);
+            k_.rows_to_f32(t_.keys[kv_head], s_.cells + i, tile, s_.keys, {});
             const float key_norm = largest_norm(tile);
             k_.dots(query(kv_head * gqa_), gqa_, s_.keys, tile, key_width_, s_.scores, kBlockCells);
             for (int j = 0; j < gqa_; ++j) {
@@ -287,7 +291,7 @@ class Decoder {
         return std::sqrt(largest) * kNormInflation;
     }
 
-    // The team's sums of the first pass, to each head's second candidates. Every thread does the same.
+    // The team's sums of the first pass, to each head's second candidates. Every thread does the same, as in choose().
     void narrow(const MassOracle & oracle) {
         for (int h = 0; h < t_.n_head; ++h) {
             double lower = 0;
@@ -325,44 +329,94 @@ class Decoder {
         }
     }
 
-    void attend_chunk(int first, int count) {
-        uint64_t kept[kChunkBlocks];
-        for (int g = 0; g < t_.n_head_kv; ++g) {
-            const int h = g * gqa_;
-            const float * weights = weight(h) + static_cast<int64_t>(first) * kBlockCells;
-            if (dense_) {
-                std::copy(t_.visible + first, t_.visible + first + count, kept);
-            } else {
-                for (int b = 0; b < count; ++b) {
-                    kept[b] = t_.visible[first + b] & (kept_.of_block(first + b) | ~t_.index[g]->indexed(first + b));
-                }
-                k_.select(weights, s_.weight_stride, s_.threshold + h, gqa_, count, kept);
-                for (int b = 0; b < count; ++b) {
-                    kept[b] &= t_.visible[first + b];
-                }
-            }
-            int n = 0;
-            for (int b = 0; b < count; ++b) {
-                for (uint64_t left = kept[b]; left != 0; left &= left - 1) {
-                    s_.cells[n++] = (first + b) * kBlockCells + std::countr_zero(left);
-                }
-            }
-            for (int i = 0; i < n; i += kBlockCells) {
-                attend_tile(g, s_.cells + i, std::min(kBlockCells, n - i));
-            }
-            if (!dense_) {
-                account_dropped(g, first, count, kept);
-                if (t_.settings.check) {
-                    check_chunk(g, first, count, kept);
-                }
+    // The chunk's survivors for one KV head: what any of the group's heads needs, one gather serves all of them.
+    void select_chunk(int kv_head, int first, int count) {
+        uint64_t * kept = kept_of(kv_head);
+        for (int b = 0; b < count; ++b) {
+            kept[b] = always_.of_block(first + b) | ~t_.index[kv_head]->indexed(first + b);
+        }
+        k_.select(weight(kv_head * gqa_) + static_cast<int64_t>(first) * kBlockCells, s_.weight_stride,
+                  s_.threshold + kv_head * gqa_, gqa_, count, kept);
+        for (int b = 0; b < count; ++b) {
+            kept[b] &= t_.visible[first + b];
+        }
+        s_.n_cells[kv_head] = list_cells(first, kept, count, kv_head * kChunkCells);
+    }
+
+    // Everything visible, block by block: the heads of a row lie side by side, so that memory streams only if all of them are
+    // read before the next rows are.
+    void attend_all(int first, int count) {
+        for (int b = first; b < first + count; ++b) {
+            const int32_t * cells = s_.cells + (b - first) % 2 * kBlockCells;
+            const int n = b == first ? list_cells(b, &t_.visible[b], 1, 0) : n_next_;
+            n_next_ = b + 1 < first + count ? list_cells(b + 1, &t_.visible[b + 1], 1, (b + 1 - first) % 2 * kBlockCells) : 0;
+            const int32_t * next = s_.cells + (b + 1 - first) % 2 * kBlockCells;
+            for (int g = 0; g < t_.n_head_kv; ++g) {
+                const int begin = n_next_ * g / t_.n_head_kv;
+                const int share = n_next_ * (g + 1) / t_.n_head_kv - begin;
+                attend_tile(g, cells, n, {all_heads(t_.keys), next + begin, share}, {all_heads(t_.values), next + begin, share});
             }
         }
     }
 
+    Rows all_heads(const Rows * rows) const { return {rows[0].base, rows[0].stride, rows[0].dim * t_.n_head_kv, rows[0].type}; }
+
+    // The cells of the bits of `count` blocks from `first` on, to s_.cells from `at` on; returns how many.
+    int list_cells(int first, const uint64_t * bits, int count, int at) {
+        int n = 0;
+        for (int b = 0; b < count; ++b) {
+            for (uint64_t left = bits[b]; left != 0; left &= left - 1) {
+                s_.cells[at + n++] = (first + b) * kBlockCells + std::countr_zero(left);
+            }
+        }
+        return n;
+    }
+
+    void attend_survivors(int first, int count) {
+        for (int g = 0; g < t_.n_head_kv; ++g) {
+            select_chunk(g, first, count);
+        }
+        // Survivors lie scattered: each gather asks memory for the rows of the next one, whichever head's they are.
+        Tile tile = next_tile({-1, 0, 0});
+        while (tile.kv_head < t_.n_head_kv) {
+            const Tile next = next_tile(tile);
+            const int32_t * cells = cells_of(tile);
+            const bool last = next.kv_head == t_.n_head_kv;
+            attend_tile(tile.kv_head, cells, tile.n, {t_.values[tile.kv_head], cells, tile.n},
+                        last ? Ahead{} : Ahead{t_.keys[next.kv_head], cells_of(next), next.n});
+            tile = next;
+        }
+        for (int g = 0; g < t_.n_head_kv; ++g) {
+            account_dropped(g, first, count);
+            if (t_.settings.check) {
+                check_chunk(g, first, count, kept_of(g));
+            }
+        }
+    }
+
+    // Up to 64 survivors of one KV head's list.
+    struct Tile {
+        int kv_head;
+        int start;
+        int n;
+    };
+    // The tile after `tile`, of the same head or the next with any survivors; kv_head is n_head_kv after the last one.
+    Tile next_tile(const Tile & tile) const {
+        int g = tile.kv_head;
+        int start = tile.start + tile.n;
+        while (g < 0 || (g < t_.n_head_kv && start >= s_.n_cells[g])) {
+            ++g;
+            start = 0;
+        }
+        return {g, start, g < t_.n_head_kv ? std::min(kBlockCells, s_.n_cells[g] - start) : 0};
+    }
+    const int32_t * cells_of(const Tile & tile) const { return s_.cells + tile.kv_head * kChunkCells + tile.start; }
+
     // Exact attention of the group's heads to up to 64 cells, with a running peak (online softmax, arXiv 1805.02867).
-    void attend_tile(int kv_head, const int32_t * cells, int n) {
+    // The first rows to prefetch come with the keys' gather, the second with the values'.
+    void attend_tile(int kv_head, const int32_t * cells, int n, const Ahead & with_keys, const Ahead & with_values) {
         const int h0 = kv_head * gqa_;
-        k_.rows_to_f32(t_.keys[kv_head], cells, n, s_.keys);
+        k_.rows_to_f32(t_.keys[kv_head], cells, n, s_.keys, with_keys);
         k_.dots(query(h0), gqa_, s_.keys, n, key_width_, s_.scores, kBlockCells);
         for (int j = 0; j < gqa_; ++j) {
             Partial & p = mine(h0 + j);
@@ -375,16 +429,16 @@ class Decoder {
             p.peak = raised;
             p.attended += n;
         }
-        k_.rows_to_f32(t_.values[kv_head], cells, n, s_.values);
+        k_.rows_to_f32(t_.values[kv_head], cells, n, s_.values, with_values);
         k_.accumulate(s_.scores, kBlockCells, s_.rescale, gqa_, s_.values, n, value_width_, output(team_.rank, h0));
     }
 
     // What the chunk's dropped cells weigh at most, and their compensation.
-    void account_dropped(int kv_head, int first, int count, const uint64_t * kept) {
+    void account_dropped(int kv_head, int first, int count) {
         const GridIndex & index = *t_.index[kv_head];
         const int h0 = kv_head * gqa_;
-        k_.dropped_sums(weight(h0) + static_cast<int64_t>(first) * kBlockCells, s_.weight_stride, gqa_, kept, count, s_.block_sums,
-                        kChunkBlocks);
+        k_.dropped_sums(weight(h0) + static_cast<int64_t>(first) * kBlockCells, s_.weight_stride, gqa_, kept_of(kv_head), count,
+                        s_.block_sums, kChunkBlocks);
         bool any = false;
         for (int j = 0; j < gqa_; ++j) {
             Partial & p = mine(h0 + j);
@@ -392,14 +446,13 @@ class Decoder {
             const float scale = std::exp2(-p.peak);
             s_.rescale[j] = 1.0f;
             for (int b = 0; b < count; ++b) {
-                const BlockBounds & bounds = index.bounds(first)[b];
                 if (indexed(kv_head, first + b) != 0) {
-                    p.key_norm = std::max(p.key_norm, bounds.key_norm);
+                    p.key_norm = std::max(p.key_norm, index.bounds(first)[b].key_norm);
                 }
                 if (sums[b] > 0) {
                     any = true;
                     p.dropped += sums[b];
-                    p.value_norm = std::max(p.value_norm, bounds.value_norm);
+                    p.value_norm = std::max(p.value_norm, index.bounds(first)[b].value_norm);
                     sums[b] *= estimate_factor(slack(h0 + j)[first + b]);
                     p.compensation += t_.settings.compensate ? sums[b] : 0.0f;
                     sums[b] *= scale;
@@ -409,7 +462,7 @@ class Decoder {
         if (any && t_.settings.compensate) {
             Rows means = index.value_means();
             means.base = means.row(first);
-            k_.rows_to_f32(means, nullptr, count, s_.values);
+            k_.rows_to_f32(means, nullptr, count, s_.values, {});
             for (int b = 0; b < count; ++b) {
                 if (indexed(kv_head, first + b) == 0) {
                     std::fill(s_.values + b * value_width_, s_.values + (b + 1) * value_width_, 0.0f);
@@ -427,7 +480,7 @@ class Decoder {
                 const int32_t cell = (first + b) * kBlockCells + bit;
                 const bool attended = (kept[b] >> bit & 1) != 0;
                 const bool bounded = (indexed(kv_head, first + b) >> bit & 1) != 0;
-                k_.rows_to_f32(t_.keys[kv_head], &cell, 1, s_.keys);
+                k_.rows_to_f32(t_.keys[kv_head], &cell, 1, s_.keys, {});
                 for (int h = kv_head * gqa_; h < (kv_head + 1) * gqa_; ++h) {
                     double dot = 0;
                     for (int c = 0; c < key_width_; ++c) {
@@ -541,8 +594,9 @@ class Decoder {
     int value_width_;
     double to_log2_;
     int64_t n_visible_ = 0;
-    Kept kept_{0, 0};
+    Always always_{0, 0};
     CheckCounts checked_;
+    int n_next_ = 0;  // of attend_all: cells listed for the block after this one
 };
 
 }  // namespace

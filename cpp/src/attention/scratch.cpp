@@ -30,6 +30,7 @@ class Arena {
 
 Scratch::Scratch(std::byte * base, int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int rank, int team_size) {
     const size_t heads = static_cast<size_t>(n_head);
+    const size_t kv_heads = static_cast<size_t>(n_head_kv);
     const size_t gqa = static_cast<size_t>(n_head / n_head_kv);
     const size_t team = static_cast<size_t>(team_size);
     const size_t key_width = static_cast<size_t>(padded(key_dim));
@@ -58,7 +59,9 @@ Scratch::Scratch(std::byte * base, int n_head, int n_head_kv, int64_t n_kv, int 
     scores = arena.take_private<float>(gqa * kBlockCells, rank, team_size);
     rescale = arena.take_private<float>(gqa, rank, team_size);
     block_sums = arena.take_private<float>(gqa * kChunkBlocks, rank, team_size);
-    cells = arena.take_private<int32_t>(kChunkCells, rank, team_size);
+    kept = arena.take_private<uint64_t>(kv_heads * kChunkBlocks, rank, team_size);
+    n_cells = arena.take_private<int32_t>(kv_heads, rank, team_size);
+    cells = arena.take_private<int32_t>(kv_heads * kChunkCells, rank, team_size);
     bytes = arena.used();
 }
 

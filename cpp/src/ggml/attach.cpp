@@ -115,8 +115,8 @@ Libraries libraries() {
 void attach() {
     const Libraries l = libraries();
     if (l.ggml_version != l.pin_ggml_version || l.commit != l.pin_commit) {
-        throw LibraryMismatch("built for ggml " + l.pin_ggml_version + " (" + l.pin_commit + "), but found ggml " + l.ggml_version + " (" +
-                              l.commit + ") at " + l.ggml_cpu_path);
+        throw LibraryMismatch("built for ggml " + l.pin_ggml_version + " (" + l.pin_commit + "), but found ggml " +
+                              l.ggml_version + " (" + l.commit + ") at " + l.ggml_cpu_path);
     }
     active_isa();
     static std::once_flag once;

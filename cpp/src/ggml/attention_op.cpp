@@ -18,14 +18,16 @@ namespace {
 
 constexpr size_t kLine = 64;
 
-std::byte * align_up(void * p) { return reinterpret_cast<std::byte *>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine); }
+std::byte * align_up(void * p) {
+    return reinterpret_cast<std::byte *>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
+}
 
 size_t in_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 // What thread 0 decided for the team, at the very end of the work buffer: stock, should it run, does not reach that far.
 struct Verdict {
-    Cache * cache;       // null: stock runs, nothing is to be done
-    bool repair_only;    // prefill: bring the index up to date, then stock
+    Cache * cache;     // null: stock runs, nothing is to be done
+    bool repair_only;  // prefill: bring the index up to date, then stock
     RuntimeConfig config;
 };
 
@@ -39,7 +41,8 @@ struct Work {
     static size_t bytes(const AttentionView & a, int n_threads) {
         const size_t words = static_cast<size_t>(a.n_query()) * static_cast<size_t>(n_blocks_for(a.n_kv));
         return kLine + in_lines(words * sizeof(uint64_t)) + in_lines(static_cast<size_t>(n_threads)) +
-               decode_scratch_bytes(a.n_head, a.n_head_kv, a.n_kv, a.key_dim, a.value_dim, n_threads) + in_lines(sizeof(Verdict)) + kLine;
+               decode_scratch_bytes(a.n_head, a.n_head_kv, a.n_kv, a.key_dim, a.value_dim, n_threads) +
+               in_lines(sizeof(Verdict)) + kLine;
     }
 
     Work(const AttentionView & a, const ggml_compute_params & params) {
@@ -62,8 +65,9 @@ int layer_of(const ggml_tensor * cache) {
 }
 
 CachePlane plane_of(const ggml_tensor * cache, const ggml_tensor * view, DType type) {
-    return {static_cast<std::byte *>(cache->data), cache->nb[1], cache->ne[1] * cache->ne[2], ggml_row_size(view->type, view->ne[0]),
-            static_cast<int>(view->ne[0]), type};
+    return {static_cast<std::byte *>(cache->data), cache->nb[1],
+            cache->ne[1] * cache->ne[2],           ggml_row_size(view->type, view->ne[0]),
+            static_cast<int>(view->ne[0]),         type};
 }
 
 // The cache this op reads, registered with its owner if it is new or has become another.
@@ -145,7 +149,8 @@ void see_and_repair(const AttentionView & a, const Work & work, Cache & cache, b
                 const int64_t start = static_cast<int64_t>(first) * kBlockCells;
                 const int64_t cells = std::min<int64_t>((count + 1) * kBlockCells, a.n_kv - start);
                 if (a.mask != nullptr) {
-                    const std::byte * row = static_cast<const std::byte *>(a.mask->data) + static_cast<size_t>(token) * a.mask->nb[1] +
+                    const std::byte * row = static_cast<const std::byte *>(a.mask->data) +
+                                            static_cast<size_t>(token) * a.mask->nb[1] +
                                             static_cast<size_t>(stream % a.mask->ne[3]) * a.mask->nb[3];
                     plain = kernels().mask_to_bits(reinterpret_cast<const uint16_t *>(row) + start, cells, seen) && plain;
                 } else {
@@ -157,7 +162,8 @@ void see_and_repair(const AttentionView & a, const Work & work, Cache & cache, b
                     any[b] |= seen[b];
                 }
                 if (!only_last_token) {
-                    std::copy(seen, seen + count, work.visible + static_cast<int64_t>(stream * a.n_token + token) * n_blocks + first);
+                    std::copy(seen, seen + count,
+                              work.visible + static_cast<int64_t>(stream * a.n_token + token) * n_blocks + first);
                 }
             }
             for (int b = 0; b < count; ++b) {
@@ -263,7 +269,8 @@ bool attention_forward(ggml_compute_params * params, ggml_tensor * op) {
     }
 
     const Work work(view, *params);
-    const Team team{params->ith, params->nth, [](void * pool) { ggml_barrier(static_cast<ggml_threadpool *>(pool)); }, params->threadpool};
+    const Team team{params->ith, params->nth, [](void * pool) { ggml_barrier(static_cast<ggml_threadpool *>(pool)); },
+                    params->threadpool};
     if (team.rank == 0) {
         *work.verdict = decide(view, team.size);
     }

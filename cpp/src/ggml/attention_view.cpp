@@ -19,7 +19,8 @@ bool to_dtype(ggml_type type, DType & out) {
 
 // llama.cpp casts a float32 cache to float16 in front of the op; the cache behind the cast is what is indexed and read.
 const ggml_tensor * before_cast(const ggml_tensor * t) {
-    const bool cast = t->op == GGML_OP_CPY && t->src[0] != nullptr && t->src[0]->type == GGML_TYPE_F32 && ggml_are_same_shape(t, t->src[0]);
+    const bool cast =
+        t->op == GGML_OP_CPY && t->src[0] != nullptr && t->src[0]->type == GGML_TYPE_F32 && ggml_are_same_shape(t, t->src[0]);
     return cast ? t->src[0] : t;
 }
 

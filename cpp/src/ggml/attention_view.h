@@ -12,20 +12,20 @@ namespace louver {
 
 struct AttentionView {
     const ggml_tensor * op;
-    const ggml_tensor * query;  // float32 [key_dim, n_token, n_head, n_stream]
-    const ggml_tensor * k;      // [key_dim, n_kv, n_head_kv, n_stream], a permuted view of the cache
-    const ggml_tensor * v;      // [value_dim, n_kv, n_head_kv, n_stream], the same
-    const ggml_tensor * mask;   // float16 [n_kv, >= n_token, 1, n_stream], or null: everything is visible
+    const ggml_tensor * query;    // float32 [key_dim, n_token, n_head, n_stream]
+    const ggml_tensor * k;        // [key_dim, n_kv, n_head_kv, n_stream], a permuted view of the cache
+    const ggml_tensor * v;        // [value_dim, n_kv, n_head_kv, n_stream], the same
+    const ggml_tensor * mask;     // float16 [n_kv, >= n_token, 1, n_stream], or null: everything is visible
     const ggml_tensor * k_cache;  // the cache tensor that k is a view of
     const ggml_tensor * v_cache;
     float scale;
     int n_token;
     int n_head;
     int n_head_kv;
-    int n_stream;      // of this op; first_stream is the cache's number of the first one
+    int n_stream;  // of this op; first_stream is the cache's number of the first one
     int first_stream;
     int64_t n_kv;
-    int64_t kv_size;   // cells of one stream of the cache
+    int64_t kv_size;  // cells of one stream of the cache
     int key_dim;
     int value_dim;
     DType k_type;

@@ -52,8 +52,8 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void *
     written(tensor, offset, size);
 }
 
-void set_tensor_2d(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size, size_t n_copies,
-                   size_t stride_tensor, size_t stride_data) {
+void set_tensor_2d(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size,
+                   size_t n_copies, size_t stride_tensor, size_t stride_data) {
     original(buffer).set_tensor_2d(buffer, tensor, data, offset, size, n_copies, stride_tensor, stride_data);
     if (n_copies > 0) {
         written(tensor, offset, (n_copies - 1) * stride_tensor + size);

@@ -5,11 +5,18 @@
 namespace louver {
 
 Cache::Cache(Runtime * owner_, int layer_id, const CachePlane & k_, const CachePlane & v_, int64_t cells_per_stream, int kv_heads)
-    : owner(owner_), layer(layer_id), k(k_), v(v_), kv_size(cells_per_stream), n_stream(k_.n_rows / cells_per_stream), n_head_kv(kv_heads) {
+    : owner(owner_),
+      layer(layer_id),
+      k(k_),
+      v(v_),
+      kv_size(cells_per_stream),
+      n_stream(k_.n_rows / cells_per_stream),
+      n_head_kv(kv_heads) {
     for (int64_t stream = 0; stream < n_stream; ++stream) {
         for (int head = 0; head < n_head_kv; ++head) {
             const auto rows = [&](const CachePlane & plane) {
-                const size_t offset = static_cast<size_t>(stream * kv_size) * plane.row_size + static_cast<size_t>(head) * plane.head_size;
+                const size_t offset =
+                    static_cast<size_t>(stream * kv_size) * plane.row_size + static_cast<size_t>(head) * plane.head_size;
                 return Rows{plane.data + offset, static_cast<int64_t>(plane.row_size), plane.dim, plane.type};
             };
             key_rows.push_back(rows(k));
@@ -65,7 +72,8 @@ void Cache::collect() {
             ++part.reasons[static_cast<size_t>(query.path)][static_cast<size_t>(query.reason)];
         }
         for (int h = 0; h < step.n_head; ++h) {
-            const HeadCertificate & certificate = step.certificates[q * static_cast<size_t>(step.n_head) + static_cast<size_t>(h)];
+            const HeadCertificate & certificate =
+                step.certificates[q * static_cast<size_t>(step.n_head) + static_cast<size_t>(h)];
             ++part.n_queries;
             part.keys_visible += certificate.n_visible;
             part.keys_scanned += certificate.n_scanned;

@@ -35,7 +35,7 @@ void load_tile(const Rows & rows, int block, uint64_t cells, std::vector<float> 
     for (uint64_t left = cells; left != 0; left &= left - 1) {
         const int cell = std::countr_zero(left);
         const int32_t index = block * kBlockCells + cell;
-        kernels().rows_to_f32(rows, &index, 1, tile.data() + width * static_cast<size_t>(cell));
+        kernels().rows_to_f32(rows, &index, 1, tile.data() + width * static_cast<size_t>(cell), {});
     }
 }
 
@@ -207,7 +207,8 @@ bool GridIndex::encode(int block, int cell, const float * key) {
         const int signed_code = static_cast<int>(level);
         code[c] = static_cast<uint8_t>(signed_code + 128);
         code_squared += signed_code * signed_code;
-        const double residual = static_cast<double>(key[c]) - (static_cast<double>(middle) + static_cast<double>(width) * signed_code);
+        const double residual =
+            static_cast<double>(key[c]) - (static_cast<double>(middle) + static_cast<double>(width) * signed_code);
         residual_squared += residual * residual;
     }
     BlockBounds & bounds = bounds_[static_cast<size_t>(block)];
@@ -266,8 +267,8 @@ int64_t GridIndex::indexed_cells() const {
 }
 
 Rows GridIndex::value_means() const {
-    return {reinterpret_cast<const std::byte *>(means_.get()), static_cast<int64_t>(value_padded() * sizeof(uint16_t)), value_dim_,
-            DType::bf16};
+    return {reinterpret_cast<const std::byte *>(means_.get()), static_cast<int64_t>(value_padded() * sizeof(uint16_t)),
+            value_dim_, DType::bf16};
 }
 
 }  // namespace louver

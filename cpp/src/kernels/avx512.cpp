@@ -35,48 +35,46 @@ inline __m512 bf16_ps(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi
 
 inline __m512 load_bf16(const uint16_t * p) { return bf16_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
 
-void row_to_f32(DType type, const std::byte * row, int dim, float * out) {
-    switch (type) {
-        case DType::f32:
-            for (int c = 0; c < dim; c += kLanes) {
-                _mm512_storeu_ps(out + c, _mm512_maskz_loadu_ps(tail_mask(dim - c), row + 4 * c));
-            }
-            break;
-        case DType::f16:
-            for (int c = 0; c < dim; c += kLanes) {
-                _mm512_storeu_ps(out + c, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(tail_mask(dim - c), row + 2 * c)));
-            }
-            break;
-        case DType::bf16:
-            for (int c = 0; c < dim; c += kLanes) {
-                _mm512_storeu_ps(out + c, bf16_ps(_mm256_maskz_loadu_epi16(tail_mask(dim - c), row + 2 * c)));
-            }
-            break;
-        case DType::q8_0:
-            for (int c = 0; c < dim; c += 32, row += 34) {
-                const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(*reinterpret_cast<const int16_t *>(row)));
-                const __m256i levels = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(row + 2));
-                const __m512i low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(levels));
-                const __m512i high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(levels, 1));
-                _mm512_storeu_ps(out + c, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(low)));
-                _mm512_storeu_ps(out + c + kLanes, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(high)));
-            }
-            break;
+// Elements c to c + 15 of a row that ends at dim; those beyond are 0.
+template <DType kType> inline __m512 load_ps(const std::byte * row, int c, int dim) {
+    const bool whole = c + kLanes <= dim;
+    if constexpr (kType == DType::f32) {
+        return whole ? _mm512_loadu_ps(row + 4 * c) : _mm512_maskz_loadu_ps(tail_mask(dim - c), row + 4 * c);
+    } else if constexpr (kType == DType::q8_0) {
+        const std::byte * group = row + c / 32 * 34;
+        const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(*reinterpret_cast<const int16_t *>(group)));
+        const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(group + 2 + c % 32));
+        return _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels)));
+    } else {
+        const __m256i bits = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(row + 2 * c))
+                                   : _mm256_maskz_loadu_epi16(tail_mask(dim - c), row + 2 * c);
+        return kType == DType::f16 ? _mm512_cvtph_ps(bits) : bf16_ps(bits);
     }
 }
 
-void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out) {
-    const int dim_padded = padded(rows.dim);
-    const int bytes = static_cast<int>(row_bytes(rows.type, rows.dim));
-    constexpr int kAhead = 8;  // rows; enough to cover a miss to memory
-    for (int i = 0; i < n; ++i, out += dim_padded) {
-        if (cells != nullptr && i + kAhead < n) {
-            const std::byte * ahead = rows.row(cells[i + kAhead]);
-            for (int offset = 0; offset < bytes; offset += 64) {
-                _mm_prefetch(reinterpret_cast<const char *>(ahead + offset), _MM_HINT_T0);
+template <DType kType> void gather(const Rows & rows, const int32_t * cells, int n, float * out, const Ahead & ahead) {
+    const int dim = rows.dim;
+    const int bytes_ahead = static_cast<int>(row_bytes(ahead.rows.type, ahead.rows.dim));
+    for (int i = 0; i < n; ++i) {
+        if (i < ahead.n) {
+            const std::byte * next = ahead.rows.row(ahead.cells[i]);
+            for (int offset = 0; offset < bytes_ahead; offset += 64) {
+                _mm_prefetch(reinterpret_cast<const char *>(next + offset), _MM_HINT_T1);
             }
         }
-        row_to_f32(rows.type, rows.row(cells != nullptr ? cells[i] : i), rows.dim, out);
+        const std::byte * row = rows.row(cells != nullptr ? cells[i] : i);
+        for (int c = 0; c < dim; c += kLanes, out += kLanes) {
+            _mm512_storeu_ps(out, load_ps<kType>(row, c, dim));
+        }
+    }
+}
+
+void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out, const Ahead & ahead) {
+    switch (rows.type) {
+        case DType::f32: return gather<DType::f32>(rows, cells, n, out, ahead);
+        case DType::f16: return gather<DType::f16>(rows, cells, n, out, ahead);
+        case DType::bf16: return gather<DType::bf16>(rows, cells, n, out, ahead);
+        case DType::q8_0: return gather<DType::q8_0>(rows, cells, n, out, ahead);
     }
 }
 
@@ -151,9 +149,8 @@ float exp2_sum(float * x, int n, float scale, float shift) {
 }
 
 // H heads by V vectors of the accumulator held in registers across all rows.
-template <int H, int V>
-inline void accumulate_tile(const float * weight, int64_t weight_stride, const float * rescale, const float * values, int n,
-                            int dim_padded, float * acc) {
+template <int H, int V> inline void accumulate_tile(const float * weight, int64_t weight_stride, const float * rescale,
+                                                    const float * values, int n, int dim_padded, float * acc) {
     __m512 sum[H][V];
     for (int h = 0; h < H; ++h) {
         for (int v = 0; v < V; ++v) {
@@ -179,9 +176,8 @@ inline void accumulate_tile(const float * weight, int64_t weight_stride, const f
     }
 }
 
-template <int H>
-inline void accumulate_heads(const float * weight, int64_t weight_stride, const float * rescale, const float * values, int n,
-                             int dim_padded, float * acc) {
+template <int H> inline void accumulate_heads(const float * weight, int64_t weight_stride, const float * rescale,
+                                              const float * values, int n, int dim_padded, float * acc) {
     int c = 0;
     for (; c + 4 * kLanes <= dim_padded; c += 4 * kLanes) {
         accumulate_tile<H, 4>(weight, weight_stride, rescale, values + c, n, dim_padded, acc + c);
@@ -208,8 +204,16 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
     }
 }
 
-// The query of one head, scaled by one block's steps and rounded to int8 (scalar.cpp, quantize_query).
-ScoreBound quantize_query(const ScanArgs & a, int block, int head, int8_t * levels) {
+constexpr int kMaxDim = 1024;
+
+// The query of one head, scaled by one block's steps and rounded to 256 * high + low (scalar.cpp, quantize_query).
+struct BlockQuery {
+    alignas(64) int8_t high[kMaxDim];
+    alignas(64) int8_t low[kMaxDim];
+    ScoreBound bound;
+};
+
+void quantize_query(const ScanArgs & a, int block, int head, BlockQuery & out) {
     const int dim_padded = padded(a.dim);
     const float * query = a.query + head * dim_padded;
     const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
@@ -219,12 +223,14 @@ ScoreBound quantize_query(const ScanArgs & a, int block, int head, int8_t * leve
     for (int c = 0; c < dim_padded; c += kLanes) {
         most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_mul_ps(_mm512_loadu_ps(query + c), load_bf16(step + c))));
     }
-    const float largest = _mm512_reduce_max_ps(most);
-    const bool tiny = largest < kTinyScaledQuery;
-    const float quantum = tiny ? 0.0f : largest / kQueryLevels;
-    const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : kQueryLevels / largest);
-    const __m512 q = _mm512_set1_ps(quantum);
-    const __m512 recenter = _mm512_set1_ps(128.0f * quantum);
+    RoundedQuery rounded;
+    rounded.largest = _mm512_reduce_max_ps(most);
+    const bool tiny = rounded.largest < kTinyScaledQuery;
+    rounded.quantum = tiny ? 0.0f : rounded.largest / kQueryLevels;
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : kQueryLevels / rounded.largest);
+    const __m512 quantum = _mm512_set1_ps(rounded.quantum);
+    const __m512 recenter = _mm512_set1_ps(128.0f * rounded.quantum);
+    const __m512i half = _mm512_set1_epi32(128);
 
     __m512 base = _mm512_setzero_ps();
     __m512 squares = _mm512_setzero_ps();
@@ -232,48 +238,58 @@ ScoreBound quantize_query(const ScanArgs & a, int block, int head, int8_t * leve
         const __m512 x = _mm512_loadu_ps(query + c);
         const __m512 scaled = _mm512_mul_ps(x, load_bf16(step + c));
         const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, inverse));
-        const __m512 rounded = _mm512_cvtepi32_ps(level);
-        const __m512 error = _mm512_fnmadd_ps(q, rounded, scaled);
+        const __m512 level_ps = _mm512_cvtepi32_ps(level);
+        const __m512 error = _mm512_fnmadd_ps(quantum, level_ps, scaled);
         base = _mm512_fmadd_ps(x, load_bf16(center + c), base);
-        base = _mm512_fnmadd_ps(recenter, rounded, base);
+        base = _mm512_fnmadd_ps(recenter, level_ps, base);
         squares = _mm512_fmadd_ps(error, error, squares);
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(levels + c), _mm512_cvtepi32_epi8(level));
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(level, half), 8);
+        _mm_store_si128(reinterpret_cast<__m128i *>(out.high + c), _mm512_cvtepi32_epi8(high));
+        _mm_store_si128(reinterpret_cast<__m128i *>(out.low + c), _mm512_cvtepi32_epi8(level));  // modulo 256
     }
-    const float norm = tiny ? tiny_error_norm(a.dim) : _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(_mm512_reduce_add_ps(squares))));
-    return score_bound(quantum, _mm512_reduce_add_ps(base), norm, a.bounds[block], a.query_norm[head], a.dim, a.to_log2,
-                       a.reference[head], a.certified);
+    rounded.base = _mm512_reduce_add_ps(base);
+    rounded.error_norm = tiny ? tiny_error_norm(a.dim) : _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(_mm512_reduce_add_ps(squares))));
+    out.bound = score_bound(rounded, a.bounds[block], a.query_norm[head], a.dim, a.to_log2, a.reference[head], a.certified);
 }
 
-constexpr int kMaxDim = 1024;
-constexpr int kScanHeads = 4;
+// Heads whose sums fit the registers together.
+constexpr int kScanHeads = 3;
 
 // Upper bounds of H heads on the scores of one block, in log2 units.
 template <int H>
-inline void scan_block(const uint8_t * codes, int groups, const int8_t (*levels)[kMaxDim], const ScoreBound * bound, float * out,
-                       int64_t out_stride) {
-    __m512i acc[H][kBlockVectors];
+inline void scan_block(const uint8_t * codes, int groups, const BlockQuery * query, float * out, int64_t out_stride) {
+    __m512i high[H][kBlockVectors];
+    __m512i low[H][kBlockVectors];
     for (int h = 0; h < H; ++h) {
         for (int v = 0; v < kBlockVectors; ++v) {
-            acc[h][v] = _mm512_setzero_si512();
+            high[h][v] = _mm512_setzero_si512();
+            low[h][v] = _mm512_setzero_si512();
         }
     }
     for (int g = 0; g < groups; ++g) {
         __m512i code[kBlockVectors];
         for (int v = 0; v < kBlockVectors; ++v) {
             code[v] = _mm512_loadu_si512(codes + (g * kBlockVectors + v) * 64);
+            // The next block's: hardware prefetch ends with the page, which is about a block.
+            _mm_prefetch(reinterpret_cast<const char *>(codes + ((groups + g) * kBlockVectors + v) * 64), _MM_HINT_T1);
         }
         for (int h = 0; h < H; ++h) {
-            const __m512i level = _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(levels[h] + 4 * g));
+            const __m512i high_levels = _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(query[h].high + 4 * g));
+            const __m512i low_levels = _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(query[h].low + 4 * g));
             for (int v = 0; v < kBlockVectors; ++v) {
-                acc[h][v] = _mm512_dpbusd_epi32(acc[h][v], code[v], level);
+                high[h][v] = _mm512_dpbusd_epi32(high[h][v], code[v], high_levels);
+                low[h][v] = _mm512_dpbusd_epi32(low[h][v], code[v], low_levels);
             }
         }
     }
     for (int h = 0; h < H; ++h) {
-        const __m512 quantum = _mm512_set1_ps(bound[h].quantum);
-        const __m512 offset = _mm512_set1_ps(bound[h].offset);
+        const __m512 quantum = _mm512_set1_ps(query[h].bound.quantum);
+        const __m512 quantum_high = _mm512_set1_ps(query[h].bound.quantum * 256.0f);
+        const __m512 offset = _mm512_set1_ps(query[h].bound.offset);
         for (int v = 0; v < kBlockVectors; ++v) {
-            _mm512_storeu_ps(out + h * out_stride + v * kLanes, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[h][v]), quantum, offset));
+            const __m512 partial = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[h][v]), quantum, offset);
+            const __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[h][v]), quantum_high, partial);
+            _mm512_storeu_ps(out + h * out_stride + v * kLanes, score);
         }
     }
 }
@@ -310,12 +326,12 @@ void weigh(const ScanArgs & a, int head) {
 
 void scan(const ScanArgs & a) {
     const int groups = (a.dim + 3) / 4;
-    alignas(64) int8_t levels[kScanHeads][kMaxDim];
-    ScoreBound bound[kScanHeads];
+    BlockQuery query[kScanHeads];
     for (int b = 0; b < a.n_blocks; ++b) {
         const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
-        for (int h0 = 0; h0 < a.n_query; h0 += kScanHeads) {
-            const int count = a.n_query - h0 < kScanHeads ? a.n_query - h0 : kScanHeads;
+        for (int h0 = 0, count = 0; h0 < a.n_query; h0 += count) {
+            const int left = a.n_query - h0;
+            count = left == 4 ? 2 : left < kScanHeads ? left : kScanHeads;
             if (a.cells[b] == 0) {
                 for (int h = h0; h < h0 + count; ++h) {
                     a.slack[h * a.slack_stride + b] = 0;  // weigh() sets the weights to 0
@@ -323,15 +339,14 @@ void scan(const ScanArgs & a) {
                 continue;
             }
             for (int h = 0; h < count; ++h) {
-                bound[h] = quantize_query(a, b, h0 + h, levels[h]);
-                a.slack[(h0 + h) * a.slack_stride + b] = bound[h].slack;
+                quantize_query(a, b, h0 + h, query[h]);
+                a.slack[(h0 + h) * a.slack_stride + b] = query[h].bound.slack;
             }
             float * out = a.weight + h0 * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
             switch (count) {
-                case 4: scan_block<4>(codes, groups, levels, bound, out, a.weight_stride); break;
-                case 3: scan_block<3>(codes, groups, levels, bound, out, a.weight_stride); break;
-                case 2: scan_block<2>(codes, groups, levels, bound, out, a.weight_stride); break;
-                default: scan_block<1>(codes, groups, levels, bound, out, a.weight_stride); break;
+                case 3: scan_block<3>(codes, groups, query, out, a.weight_stride); break;
+                case 2: scan_block<2>(codes, groups, query, out, a.weight_stride); break;
+                default: scan_block<1>(codes, groups, query, out, a.weight_stride); break;
             }
         }
     }
@@ -416,8 +431,8 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", rows_to_f32, dots, largest, exp2_sum, accumulate, scan, sums_below, select, dropped_sums,
-                                mask_to_bits};
+const Kernels kAvx512Kernels = {"avx512", rows_to_f32, dots,   largest,      exp2_sum,    accumulate,
+                                scan,     sums_below,  select, dropped_sums, mask_to_bits};
 
 }  // namespace louver
 

@@ -20,8 +20,10 @@ inline constexpr double kWeightError = 0x1p-16;
 // Weights are kept at or above this, so that an upper bound never underflows to zero.
 inline constexpr float kMinLog2 = -120.0f;
 
-// The query scaled by a block's steps is rounded to -kQueryLevels..kQueryLevels.
-inline constexpr float kQueryLevels = 127.0f;
+// The query scaled by a block's steps is rounded to integers in -kQueryLevels..kQueryLevels, each 256 * high + low with
+// high and low in int8: two integer dot products with the codes. (One of 8 bits left two thirds of the slack to the query's
+// rounding: docs/performance.md.)
+inline constexpr float kQueryLevels = 127.0f * 256.0f;
 
 // A query scaled by a block's steps that nowhere reaches this is rounded to zero, and this covers what that loses:
 // its norm, with the underflow of its products.
@@ -36,21 +38,29 @@ struct ScoreBound {
     float slack;  // of the offset; the score is at least quantum * dot + offset - 2 * slack
 };
 
-// base: q.center - 128 * quantum * sum(levels); error_norm: |q*step - quantum*levels|; both as float32 computed them.
-static inline ScoreBound score_bound(float quantum, float base, float error_norm, const BlockBounds & block, float query_norm, int dim,
-                              float to_log2, float reference, bool certified) {
+// The query of a head as scaled by a block's steps and rounded: levels * quantum, with largest = max |q * step|.
+// base: q.center - 128 * quantum * sum(levels); error_norm: |q * step - quantum * levels|; both as float32 computed them.
+struct RoundedQuery {
+    float largest;
+    float quantum;
+    float base;
+    float error_norm;
+};
+
+static inline ScoreBound score_bound(const RoundedQuery & rounded, const BlockBounds & block, float query_norm, int dim,
+                                     float to_log2, float reference, bool certified) {
     const float d = static_cast<float>(dim);
-    // Largest magnitude any partial sum of the integer and base terms can reach, for the rounding of those sums.
-    const float magnitude = query_norm * block.center_norm + quantum * (kQueryLevels + 1.0f) * 384.0f * d;
+    // No partial sum of the integer and base terms is larger than this: it scales the rounding of those sums.
+    const float magnitude = query_norm * block.center_norm + rounded.largest * 384.0f * d;
     const float rounding = (2.0f * d + 16.0f) * kUnit * magnitude;
-    const float query_error = (error_norm * kNormInflation + 2.0f * kUnit * (kQueryLevels + 1.0f) * d * quantum) * block.code_norm;
+    const float query_error = (rounded.error_norm * kNormInflation + 2.0f * kUnit * d * rounded.largest) * block.code_norm;
     const float slack = query_norm * block.residual_norm + query_error + rounding;
     // The products below round once or twice each; the reference is subtracted, so its own rounding counts too.
     const float scaled = (slack * to_log2 + 8.0f * kUnit * (magnitude * to_log2 + std::fabs(reference))) * kNormInflation;
     ScoreBound bound;
-    bound.quantum = quantum * to_log2;
+    bound.quantum = rounded.quantum * to_log2;
     bound.slack = certified ? scaled : 0.0f;
-    bound.offset = base * to_log2 - reference + bound.slack;
+    bound.offset = rounded.base * to_log2 - reference + bound.slack;
     return bound;
 }
 

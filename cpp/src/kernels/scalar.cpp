@@ -33,7 +33,7 @@ void row_to_f32(DType type, const std::byte * row, int dim, float * out) {
     }
 }
 
-void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out) {
+void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out, const Ahead &) {
     const int dim_padded = padded(rows.dim);
     for (int i = 0; i < n; ++i, out += dim_padded) {
         row_to_f32(rows.type, rows.row(cells ? cells[i] : i), rows.dim, out);
@@ -87,9 +87,9 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
     }
 }
 
-// The query of one head, scaled by one block's steps and rounded to int8.
+// The query of one head, scaled by one block's steps and rounded to integers.
 struct BlockQuery {
-    int8_t level[1024];
+    int32_t level[1024];
     ScoreBound bound;
 };
 
@@ -99,28 +99,26 @@ void quantize_query(const ScanArgs & a, int block, int head, BlockQuery & out) {
     const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
     const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
 
-    float largest = 0;
+    RoundedQuery rounded{};
     for (int c = 0; c < a.dim; ++c) {
-        largest = std::max(largest, std::fabs(query[c] * bf16_to_f32(step[c])));
+        rounded.largest = std::max(rounded.largest, std::fabs(query[c] * bf16_to_f32(step[c])));
     }
     // Below this the squares of the rounding errors would underflow; such a block is bounded without its codes.
-    const bool tiny = largest < kTinyScaledQuery;
-    const float quantum = tiny ? 0.0f : largest / kQueryLevels;
-    const float inverse = tiny ? 0.0f : kQueryLevels / largest;
+    const bool tiny = rounded.largest < kTinyScaledQuery;
+    rounded.quantum = tiny ? 0.0f : rounded.largest / kQueryLevels;
+    const float inverse = tiny ? 0.0f : kQueryLevels / rounded.largest;
 
-    float base = 0;
     float error_squared = 0;
     for (int c = 0; c < a.dim; ++c) {
         const float scaled = query[c] * bf16_to_f32(step[c]);
         const float level = std::nearbyint(scaled * inverse);
-        const float error = scaled - quantum * level;
-        out.level[c] = static_cast<int8_t>(level);
-        base += query[c] * bf16_to_f32(center[c]) - 128.0f * quantum * level;
+        const float error = scaled - rounded.quantum * level;
+        out.level[c] = static_cast<int32_t>(level);
+        rounded.base += query[c] * bf16_to_f32(center[c]) - 128.0f * rounded.quantum * level;
         error_squared += error * error;
     }
-    const float error_norm = tiny ? tiny_error_norm(a.dim) : std::sqrt(error_squared);
-    out.bound = score_bound(quantum, base, error_norm, a.bounds[block], a.query_norm[head], a.dim, a.to_log2, a.reference[head],
-                            a.certified);
+    rounded.error_norm = tiny ? tiny_error_norm(a.dim) : std::sqrt(error_squared);
+    out.bound = score_bound(rounded, a.bounds[block], a.query_norm[head], a.dim, a.to_log2, a.reference[head], a.certified);
 }
 
 void scan(const ScanArgs & a) {
@@ -144,9 +142,9 @@ void scan(const ScanArgs & a) {
                 if ((a.cells[b] >> i & 1) == 0) {
                     continue;
                 }
-                int32_t dot = 0;
+                int64_t dot = 0;
                 for (int c = 0; c < a.dim; ++c) {
-                    dot += query.level[c] * codes[(c / 4 * kBlockCells + i) * 4 + c % 4];
+                    dot += int64_t{query.level[c]} * codes[(c / 4 * kBlockCells + i) * 4 + c % 4];
                 }
                 const float score = static_cast<float>(dot) * query.bound.quantum + query.bound.offset;
                 weight[i] = std::exp2(std::max(score, kMinLog2));
@@ -215,7 +213,7 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", rows_to_f32, dots, largest, exp2_sum, accumulate, scan, sums_below, select, dropped_sums,
-                                mask_to_bits};
+const Kernels kScalarKernels = {"scalar", rows_to_f32, dots,   largest,      exp2_sum,    accumulate,
+                                scan,     sums_below,  select, dropped_sums, mask_to_bits};
 
 }  // namespace louver

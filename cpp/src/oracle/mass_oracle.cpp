@@ -47,8 +47,7 @@ MassOracle::Bracket MassOracle::narrow(const Sums & below, double lower) const {
     }
     Bracket bracket{};
     bracket.sure = static_cast<float>(sure);
-    limit = std::max(limit, sure);
-    const double ratio = std::pow(limit / sure, 1.0 / (kCandidates + 1));
+    const double ratio = std::pow(std::max(limit, sure) / sure, 1.0 / (kCandidates + 1));
     double fine = sure;
     for (float & candidate : bracket.fine) {
         candidate = static_cast<float>(fine *= ratio);

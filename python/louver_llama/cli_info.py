@@ -1,0 +1,138 @@
+"""``louver-llama info``: what is installed, what this machine has, what Louver would do with a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from . import __version__
+from ._libraries import LIBRARY_FOLDER, core, llama_cpp
+from .config import LouverConfig
+from .llama import Llama
+
+SERVED = (
+    "decode steps of up to 16 tokens, of one or several sequences, with flash attention",
+    "caches of type f16, bf16, f32 and q8_0; any head dim; any number of query heads per KV head",
+)
+LEFT_TO_STOCK = {
+    "prefill": "batches of more than 16 tokens: stock's tiled kernel is made for them",
+    "disabled": "LouverConfig(enabled=False), on the command line --no-louver",
+    "below_min_context": "contexts so short that dense attention is as fast",
+    "sliding_window": "caches that hold a window only, which is short",
+    "alibi": "the mask holds slopes, which the bounds do not cover",
+    "soft_cap": "capped logits, which the bounds do not cover",
+    "sinks": "learned attention sinks, which the certificate does not cover",
+    "mla": "values that are a view of the keys",
+    "n_kv_max": "models that bring their own sparse selection",
+    "mask_values": "a mask of other values than 0 and -inf",
+    "cache_type": "any other type of cache",
+    "layout": "tensors that do not lie as llama.cpp's KV cache does",
+    "work_buffer": "a work buffer too small for the scan",
+    "not_finite": "a NaN or an infinity among queries, keys or values",
+}
+
+
+def info(options: argparse.Namespace) -> int:
+    """Carry out the command; returns its exit status."""
+    found: dict[str, Any] = {
+        "louver_llama": __version__,
+        "llama_cpp_python": llama_cpp.__version__,
+        "pin": core.PIN,
+        "loaded": core.loaded_libraries(),
+        "library_folder": str(LIBRARY_FOLDER),
+        "isa": {
+            "in_use": core.isa(),
+            "available": core.available_isas(),
+            "LOUVER_ISA": os.environ.get("LOUVER_ISA"),
+        },
+    }
+    if options.model is None:
+        found["louver_serves"] = SERVED
+        found["stock_serves"] = LEFT_TO_STOCK
+    else:
+        found["model"] = _model(options.model)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return 0
+
+
+def _model(path: str) -> dict[str, Any]:
+    """The model's shape, and which path each of its layers takes, found by running two decode steps."""
+    llm = _loaded(path, n_ctx=256)
+    try:
+        window = llama_cpp.llama_model_n_swa(llm.model)
+        if window:
+            # A window shows only in a context that is larger.
+            llm.close()
+            llm = _loaded(path, n_ctx=window + 1024)
+        return {"file": path, **_shape(llm, window), "attention_layers": _paths(llm)}
+    finally:
+        llm.close()
+
+
+def _loaded(path: str, n_ctx: int) -> Llama:
+    everywhere = LouverConfig(min_context=0)
+    return Llama(path, louver=everywhere, n_ctx=n_ctx, swa_full=False, verbose=False)
+
+
+def _shape(llm: Llama, window: int) -> dict[str, Any]:
+    model = llm.model
+    architecture = llm.metadata["general.architecture"]
+    n_head = llama_cpp.llama_model_n_head(model)
+    n_head_kv = llama_cpp.llama_model_n_head_kv(model)
+
+    def hyperparameter(name: str) -> str | None:
+        return llm.metadata.get(f"{architecture}.attention.{name}")
+
+    head_dim = llama_cpp.llama_model_n_embd(model) // max(n_head, 1)
+    return {
+        "architecture": architecture,
+        "n_layer": llama_cpp.llama_model_n_layer(model),
+        "n_head": n_head,
+        "n_head_kv": n_head_kv,
+        "n_gqa": n_head // max(n_head_kv, 1),
+        "head_dim_keys": int(hyperparameter("key_length") or head_dim),
+        "head_dim_values": int(hyperparameter("value_length") or head_dim),
+        "n_ctx_train": llama_cpp.llama_model_n_ctx_train(model),
+        "sliding_window": window or None,
+        "soft_cap": llm.metadata.get(f"{architecture}.attn_logit_softcapping"),
+        "alibi": hyperparameter("max_alibi_bias"),
+        "mla_rank": hyperparameter("kv_lora_rank"),
+    }
+
+
+def _paths(llm: Llama) -> dict[str, Any]:
+    if not llama_cpp.llama_get_memory(llm.ctx):
+        return {"louver": 0, "stock": "all: this model keeps no KV cache"}
+    n_steps = 2
+    for _ in range(n_steps):
+        llm.eval([max(llm.token_bos(), 0)])
+    stats = llm.louver_stats()
+    return {
+        "louver": stats["attention"]["louver"] // n_steps,
+        "stock": {
+            reason: {"layers": n // n_steps, "why": LEFT_TO_STOCK[reason]}
+            for reason, n in stats["reasons"]["stock"].items()
+        },
+    }
+
+
+def _print(found: dict[str, Any], indent: str = "") -> None:
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            print(f"{indent}{name}:")
+            _print(value, indent + "  ")
+        elif isinstance(value, (list, tuple)) and any(" " in item for item in value):
+            print(f"{indent}{name}:", *value, sep=f"\n{indent}  ")
+        else:
+            print(f"{indent}{name}: {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(value)
+    return "none" if value in (None, {}) else str(value)
