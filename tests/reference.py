@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from louver_llama import _core
 from numpy.typing import NDArray
+
+from louver_llama import _core
 
 core = _core.testing
 
@@ -144,9 +145,8 @@ def exact_dots(query: Float, keys: Float) -> Double:
 
 def norm_up(x: Float) -> Float:
     """(n, dim) to |x| rounded up, as a decode step does."""
-    return (np.linalg.norm(x.astype(np.float64), axis=-1)).astype(np.float32) * np.float32(
-        core.NORM_INFLATION
-    )
+    norm = np.linalg.norm(x.astype(np.float64), axis=-1).astype(np.float32)
+    return norm * np.float32(core.NORM_INFLATION)
 
 
 def softmax(scores: Double) -> Double:
@@ -160,9 +160,8 @@ def dense(query: Float, keys: Float, values: Float, visible: NDArray[np.bool_], 
     out = np.zeros((len(query), values.shape[2]))
     for h in range(len(query)):
         if visible.any():
-            out[h] = weights(query[h], keys[:, h // n_gqa], visible, scale) @ values[
-                visible, h // n_gqa
-            ].astype(np.float64)
+            share = weights(query[h], keys[:, h // n_gqa], visible, scale)
+            out[h] = share @ values[: len(visible), h // n_gqa][visible].astype(np.float64)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Every instruction set against the scalar kernels, those against float64, and the scan's bounds against exact scores."""
+"""Every instruction set against float64 and against scalar, and the scan's bounds against exact scores."""
 
 from __future__ import annotations
 
@@ -56,24 +56,22 @@ def test_scalar_is_always_there() -> None:
 
 @each_isa
 @each_dim
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gap", [0, 1, 6, 64])
-def test_rows_to_f32_is_exact(rng: np.random.Generator, isa: str, dim: int, dtype: str, gap: int) -> None:
-    if dtype == "q8_0" and dim % 32:
-        pytest.skip("q8_0 is made of groups of 32")
-    x = rng.normal(size=(70, 2, dim)).astype(np.float32)
-    x[0, :, : SPECIAL.size] = SPECIAL[:dim]
-    x[1] *= 1e-6  # subnormal float16
-    rows = Stored.of(x if dtype != "q8_0" else x[2:], dtype, gap)
-    for head in range(2):
-        expected = pad(rows.decoded()[:, head])
-        np.testing.assert_array_equal(core.rows_to_f32(isa, rows.cache, head), expected)
-        for n in COUNTS:
-            cells = rng.integers(0, rows.n_cells, n).astype(np.int32)
-            ahead = rng.integers(0, rows.n_cells, 5).astype(np.int32)
-            np.testing.assert_array_equal(
-                core.rows_to_f32(isa, rows.cache, head, cells, ahead), expected[cells]
-            )
+def test_rows_to_f32_is_exact(rng: np.random.Generator, isa: str, dim: int, gap: int) -> None:
+    for dtype in DTYPES if dim % 32 == 0 else DTYPES[:3]:
+        x = rng.normal(size=(70, 2, dim)).astype(np.float32)
+        if dtype != "q8_0":
+            x[0, :, : SPECIAL.size] = SPECIAL[:dim]
+        x[1] *= 1e-6  # subnormal float16
+        rows = Stored.of(x, dtype, gap)
+        for head in range(2):
+            expected = pad(rows.decoded()[:, head])
+            np.testing.assert_array_equal(core.rows_to_f32(isa, rows.cache, head), expected)
+            for n in COUNTS:
+                cells = rng.integers(0, 70, n).astype(np.int32)
+                ahead = rng.integers(0, 70, 5).astype(np.int32)
+                out = core.rows_to_f32(isa, rows.cache, head, cells, ahead)
+                np.testing.assert_array_equal(out, expected[cells])
 
 
 @each_isa
@@ -285,7 +283,7 @@ class Scan:
         stored = Stored.of(keys, dtype)
         decoded = stored.decoded()[:, 0]
         query = np.ascontiguousarray(query, np.float32)
-        to_log2 = float(np.float32(to_log2 or LOG2E / math.sqrt(keys.shape[1])))
+        to_log2 = float(np.float32(LOG2E / math.sqrt(keys.shape[1])))
         index = core.GridIndex(keys.shape[1], 0, len(keys))
         repair_all(index, np.ones(len(keys), bool), stored, None)
         indexed = np.array([index.indexed(b) for b in range(index.n_blocks)], np.uint64)
@@ -343,7 +341,7 @@ class Scan:
 
 
 def rounding_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, Float]:
-    """Keys half a step off the grid, all in the query's direction; the query half a quantum off its own levels."""
+    """Keys half a step off the grid in the query's direction; the query half a quantum off its levels."""
     query = rng.integers(-127, 127, (2, dim)) + 0.4999
     query[:, 0] = 127
     keys = (rng.integers(-126, 126, (n, dim)) + 0.4999 * np.sign(query[0])) / 127
@@ -485,7 +483,7 @@ def test_without_slack_the_bounds_fail(rng: np.random.Generator, isa: str) -> No
 
 @each_isa
 def test_the_slack_is_small_enough_to_prune(rng: np.random.Generator, isa: str) -> None:
-    # In nats, for scores that spread by 4: what a lost term in the slack would hide, a term too many would show.
+    # In nats, for scores that spread by 4: a term too many would show here.
     for dim, most in ((64, 0.35), (128, 0.45), (256, 0.65)):
         query = rng.normal(size=(4, dim)) * 4
         scan = Scan.of(query, rng.normal(size=(512, dim)).astype(np.float32))

@@ -55,11 +55,11 @@ void dots(const float * query, int n_query, const float * keys, int n, int dim_p
 
 float largest(const float * x, int n) {
     float most = x[0];
-    for (int i = 1; i < n; ++i) {
-        most = !(x[i] <= most) ? x[i] : most;
-        if (std::isnan(most)) {
-            return most;
+    for (int i = 0; i < n; ++i) {
+        if (std::isnan(x[i])) {
+            return x[i];
         }
+        most = std::max(most, x[i]);
     }
     return most;
 }
