@@ -105,13 +105,11 @@ class Decoder {
     const float * query(int h) const { return s_.query + static_cast<size_t>(h) * static_cast<size_t>(key_width_); }
     float * weight(int h) const { return s_.weight + h * s_.weight_stride; }
     float * slack(int h) const { return s_.slack + static_cast<size_t>(h) * static_cast<size_t>(s_.n_blocks); }
-    Partial & partial(int rank, int h) const {
-        return s_.partial[static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h)];
-    }
-    Partial & mine(int h) const { return partial(team_.rank, h); }
     size_t slot(int rank, int h) const {
         return static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h);
     }
+    Partial & partial(int rank, int h) const { return s_.partial[slot(rank, h)]; }
+    Partial & mine(int h) const { return partial(team_.rank, h); }
     float * output(int rank, int h) const { return s_.output + slot(rank, h) * static_cast<size_t>(value_width_); }
     uint64_t * kept_of(int kv_head) const { return s_.kept + kv_head * kChunkBlocks; }
     uint64_t indexed(int kv_head, int block) const { return t_.visible[block] & t_.index[kv_head]->indexed(block); }
@@ -351,7 +349,7 @@ class Decoder {
             const int n = b == first ? list_cells(b, &t_.visible[b], 1, 0) : n_next_;
             n_next_ = b + 1 < first + count ? list_cells(b + 1, &t_.visible[b + 1], 1, (b + 1 - first) % 2 * kBlockCells) : 0;
             const int32_t * next = s_.cells + (b + 1 - first) % 2 * kBlockCells;
-            for (int g = 0; g < t_.n_head_kv; ++g) {
+            for (int g = 0; n > 0 && g < t_.n_head_kv; ++g) {
                 const int begin = n_next_ * g / t_.n_head_kv;
                 const int share = n_next_ * (g + 1) / t_.n_head_kv - begin;
                 attend_tile(g, cells, n, {all_heads(t_.keys), next + begin, share}, {all_heads(t_.values), next + begin, share});
@@ -412,7 +410,7 @@ class Decoder {
     }
     const int32_t * cells_of(const Tile & tile) const { return s_.cells + tile.kv_head * kChunkCells + tile.start; }
 
-    // Exact attention of the group's heads to up to 64 cells, with a running peak (online softmax, arXiv 1805.02867).
+    // Exact attention of the group's heads to 1 to 64 cells, with a running peak (online softmax, arXiv 1805.02867).
     // The first rows to prefetch come with the keys' gather, the second with the values'.
     void attend_tile(int kv_head, const int32_t * cells, int n, const Ahead & with_keys, const Ahead & with_values) {
         const int h0 = kv_head * gqa_;

@@ -74,6 +74,9 @@ GridIndex::GridIndex(int key_dim, int value_dim, int64_t n_cells)
         throw std::invalid_argument("GridIndex: head dimension is " + std::to_string(key_dim) + " (values " +
                                     std::to_string(value_dim) + "), accepted are 1 to 1024");
     }
+    if (n_cells < 0 || n_cells > std::numeric_limits<int32_t>::max()) {
+        throw std::invalid_argument("GridIndex: " + std::to_string(n_cells) + " cells, accepted are 0 to 2^31 - 1");
+    }
     const size_t blocks = static_cast<size_t>(n_blocks_);
     codes_ = reserve<uint8_t>(blocks * codes_per_block());
     grid_ = reserve<uint16_t>(2 * blocks * key_padded());

@@ -94,6 +94,17 @@ inline __m512 sums_of_16(const __m512 * v) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(s01, s23, 0x88), _mm512_shuffle_f32x4(s01, s23, 0xdd));
 }
 
+// Lane i of the result is the sum of the lanes of v[i].
+inline __m128 sums_of_4(const __m512 * v) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 quad = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 pair = _mm256_add_ps(_mm512_castps512_ps256(quad), _mm512_extractf32x8_ps(quad, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(pair), _mm256_extractf128_ps(pair, 1));
+}
+
 void dots(const float * query, int n_query, const float * keys, int n, int dim_padded, float * out, int64_t out_stride) {
     for (int i0 = 0; i0 < n; i0 += kLanes) {
         const int count = n - i0 < kLanes ? n - i0 : kLanes;
@@ -206,91 +217,159 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
 
 constexpr int kMaxDim = 1024;
 
-// The query of one head, scaled by one block's steps and rounded to 256 * high + low (scalar.cpp, quantize_query).
+// The query of one head, scaled by one block's steps and rounded to 256 * high + low.
 struct BlockQuery {
     alignas(64) int8_t high[kMaxDim];
     alignas(64) int8_t low[kMaxDim];
-    ScoreBound bound;
 };
 
-void quantize_query(const ScanArgs & a, int block, int head, BlockQuery & out) {
+// The largest step of each channel over the blocks that have anything to scan.
+void largest_steps(const ScanArgs & a, float * largest) {
     const int dim_padded = padded(a.dim);
-    const float * query = a.query + head * dim_padded;
-    const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
-    const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
-
-    __m512 most = _mm512_setzero_ps();
     for (int c = 0; c < dim_padded; c += kLanes) {
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_mul_ps(_mm512_loadu_ps(query + c), load_bf16(step + c))));
+        __m512 most = _mm512_setzero_ps();
+        for (int b = 0; b < a.n_blocks; ++b) {
+            if (a.cells[b] != 0) {
+                most = _mm512_max_ps(most, load_bf16(a.step + static_cast<int64_t>(b) * dim_padded + c));
+            }
+        }
+        _mm512_store_ps(largest + c, most);
     }
-    RoundedQuery rounded;
-    rounded.largest = _mm512_reduce_max_ps(most);
-    const bool tiny = rounded.largest < kTinyScaledQuery;
-    rounded.quantum = tiny ? 0.0f : rounded.largest / kQueryLevels;
-    const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : kQueryLevels / rounded.largest);
-    const __m512 quantum = _mm512_set1_ps(rounded.quantum);
-    const __m512 recenter = _mm512_set1_ps(128.0f * rounded.quantum);
-    const __m512i half = _mm512_set1_epi32(128);
-
-    __m512 base = _mm512_setzero_ps();
-    __m512 squares = _mm512_setzero_ps();
-    for (int c = 0; c < dim_padded; c += kLanes) {
-        const __m512 x = _mm512_loadu_ps(query + c);
-        const __m512 scaled = _mm512_mul_ps(x, load_bf16(step + c));
-        const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(scaled, inverse));
-        const __m512 level_ps = _mm512_cvtepi32_ps(level);
-        const __m512 error = _mm512_fnmadd_ps(quantum, level_ps, scaled);
-        base = _mm512_fmadd_ps(x, load_bf16(center + c), base);
-        base = _mm512_fnmadd_ps(recenter, level_ps, base);
-        squares = _mm512_fmadd_ps(error, error, squares);
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(level, half), 8);
-        _mm_store_si128(reinterpret_cast<__m128i *>(out.high + c), _mm512_cvtepi32_epi8(high));
-        _mm_store_si128(reinterpret_cast<__m128i *>(out.low + c), _mm512_cvtepi32_epi8(level));  // modulo 256
-    }
-    rounded.base = _mm512_reduce_add_ps(base);
-    rounded.error_norm = tiny ? tiny_error_norm(a.dim) : _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(_mm512_reduce_add_ps(squares))));
-    out.bound = score_bound(rounded, a.bounds[block], a.query_norm[head], a.dim, a.to_log2, a.reference[head], a.certified);
 }
 
-// Heads whose sums fit the registers together.
-constexpr int kScanHeads = 3;
+float largest_scaled(const float * query, const float * steps, int dim_padded) {
+    __m512 most = _mm512_setzero_ps();
+    for (int c = 0; c < dim_padded; c += kLanes) {
+        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_mul_ps(_mm512_loadu_ps(query + c), _mm512_load_ps(steps + c))));
+    }
+    return _mm512_reduce_max_ps(most);
+}
 
-// Upper bounds of H heads on the scores of one block, in log2 units.
+// Rounds H heads' queries for one block; returns their q.center - 128 * quantum * sum(levels), one lane each.
 template <int H>
-inline void scan_block(const uint8_t * codes, int groups, const BlockQuery * query, float * out, int64_t out_stride) {
-    __m512i high[H][kBlockVectors];
-    __m512i low[H][kBlockVectors];
+inline __m128 round_queries(const ScanArgs & a, int block, const float * query, const HeadBound * head, BlockQuery * out) {
+    const int dim_padded = padded(a.dim);
+    const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
+    const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
+    const __m512i half = _mm512_set1_epi32(128);
+    __m512 base[4];
+    __m512 inverse[H];
+    __m512 recenter[H];
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-        for (int v = 0; v < kBlockVectors; ++v) {
+        inverse[h] = _mm512_set1_ps(head[h].inverse);
+        recenter[h] = _mm512_set1_ps(128.0f * head[h].quantum);
+    }
+#pragma GCC unroll 4
+    for (__m512 & sum : base) {
+        sum = _mm512_setzero_ps();
+    }
+    for (int c = 0; c < dim_padded; c += kLanes) {
+        const __m512 s = load_bf16(step + c);
+        const __m512 m = load_bf16(center + c);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+            const __m512 x = _mm512_loadu_ps(query + h * dim_padded + c);
+            const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, inverse[h]), s));
+            base[h] = _mm512_fmadd_ps(x, m, base[h]);
+            base[h] = _mm512_fnmadd_ps(recenter[h], _mm512_cvtepi32_ps(level), base[h]);
+            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(level, half), 8);
+            _mm_store_si128(reinterpret_cast<__m128i *>(out[h].high + c), _mm512_cvtepi32_epi8(high));
+            _mm_store_si128(reinterpret_cast<__m128i *>(out[h].low + c), _mm512_cvtepi32_epi8(level));  // modulo 256
+        }
+    }
+    return sums_of_4(base);
+}
+
+// acc += codes (unsigned) . four levels (signed), the same four in each lane. Around the intrinsic GCC 12 copies every sum.
+inline void add_dots(__m512i & acc, __m512i codes, const int8_t * levels) {
+    struct Four {
+        int8_t level[4];
+    };
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Four *>(levels)));
+}
+
+// Heads that are scanned together, so that each load of codes serves all of them.
+constexpr int kScanHeads = 4;
+
+// Half the block's keys at a time: then the sums of four heads stay in registers.
+constexpr int kHalf = kBlockVectors / 2;
+
+// Upper bounds of H heads on the scores of 32 keys of a block, in log2 units.
+// Upper bounds of H heads on the scores of 32 keys of a block, in log2 units.
+template <int H> inline void scan_half(const uint8_t * codes, int groups, const BlockQuery * query, const float * quantum,
+                                       const float * offset, float * out, int64_t out_stride) {
+    __m512i high[H][kHalf];
+    __m512i low[H][kHalf];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kHalf; ++v) {
             high[h][v] = _mm512_setzero_si512();
             low[h][v] = _mm512_setzero_si512();
         }
     }
     for (int g = 0; g < groups; ++g) {
-        __m512i code[kBlockVectors];
-        for (int v = 0; v < kBlockVectors; ++v) {
+        __m512i code[kHalf];
+#pragma GCC unroll 2
+        for (int v = 0; v < kHalf; ++v) {
             code[v] = _mm512_loadu_si512(codes + (g * kBlockVectors + v) * 64);
             // The next block's: hardware prefetch ends with the page, which is about a block.
             _mm_prefetch(reinterpret_cast<const char *>(codes + ((groups + g) * kBlockVectors + v) * 64), _MM_HINT_T1);
         }
+#pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-            const __m512i high_levels = _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(query[h].high + 4 * g));
-            const __m512i low_levels = _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(query[h].low + 4 * g));
-            for (int v = 0; v < kBlockVectors; ++v) {
-                high[h][v] = _mm512_dpbusd_epi32(high[h][v], code[v], high_levels);
-                low[h][v] = _mm512_dpbusd_epi32(low[h][v], code[v], low_levels);
+#pragma GCC unroll 2
+            for (int v = 0; v < kHalf; ++v) {
+                add_dots(high[h][v], code[v], query[h].high + 4 * g);
+                add_dots(low[h][v], code[v], query[h].low + 4 * g);
             }
         }
     }
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-        const __m512 quantum = _mm512_set1_ps(query[h].bound.quantum);
-        const __m512 quantum_high = _mm512_set1_ps(query[h].bound.quantum * 256.0f);
-        const __m512 offset = _mm512_set1_ps(query[h].bound.offset);
-        for (int v = 0; v < kBlockVectors; ++v) {
-            const __m512 partial = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[h][v]), quantum, offset);
-            const __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[h][v]), quantum_high, partial);
+        const __m512 fine = _mm512_set1_ps(quantum[h]);
+        const __m512 coarse = _mm512_set1_ps(quantum[h] * 256.0f);
+#pragma GCC unroll 2
+        for (int v = 0; v < kHalf; ++v) {
+            const __m512 partial = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[h][v]), fine, _mm512_set1_ps(offset[h]));
+            const __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[h][v]), coarse, partial);
             _mm512_storeu_ps(out + h * out_stride + v * kLanes, score);
         }
+    }
+}
+
+// Upper bounds of H heads, from `first` on, on the scores of all blocks, to a.weight; and the slacks.
+template <int H> void scan_heads(const ScanArgs & a, int first, const float * largest_step) {
+    const int groups = (a.dim + 3) / 4;
+    const int dim_padded = padded(a.dim);
+    const float * query = a.query + first * dim_padded;
+    HeadBound head[H];
+    float quantum[H];
+    for (int h = 0; h < H; ++h) {
+        const float largest = largest_scaled(query + h * dim_padded, largest_step, dim_padded);
+        head[h] = head_bound(largest, a.query_norm[first + h], a.dim, a.to_log2, a.reference[first + h], a.certified);
+        quantum[h] = head[h].quantum * a.to_log2;
+    }
+    BlockQuery rounded[H];
+    for (int b = 0; b < a.n_blocks; ++b) {
+        if (a.cells[b] == 0) {
+            for (int h = first; h < first + H; ++h) {
+                a.slack[h * a.slack_stride + b] = 0;  // weigh() sets the weights to 0
+            }
+            continue;
+        }
+        alignas(16) float offset[4];
+        _mm_store_ps(offset, round_queries<H>(a, b, query, head, rounded));
+        for (int h = 0; h < H; ++h) {
+            const float slack = block_slack(head[h], a.bounds[b]);
+            a.slack[(first + h) * a.slack_stride + b] = slack;
+            offset[h] = offset[h] * a.to_log2 - a.reference[first + h] + slack;
+        }
+        const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
+        float * out = a.weight + first * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
+        scan_half<H>(codes, groups, rounded, quantum, offset, out, a.weight_stride);
+        scan_half<H>(codes + kHalf * 64, groups, rounded, quantum, offset, out + kHalf * kLanes, a.weight_stride);
     }
 }
 
@@ -325,29 +404,14 @@ void weigh(const ScanArgs & a, int head) {
 }
 
 void scan(const ScanArgs & a) {
-    const int groups = (a.dim + 3) / 4;
-    BlockQuery query[kScanHeads];
-    for (int b = 0; b < a.n_blocks; ++b) {
-        const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
-        for (int h0 = 0, count = 0; h0 < a.n_query; h0 += count) {
-            const int left = a.n_query - h0;
-            count = left == 4 ? 2 : left < kScanHeads ? left : kScanHeads;
-            if (a.cells[b] == 0) {
-                for (int h = h0; h < h0 + count; ++h) {
-                    a.slack[h * a.slack_stride + b] = 0;  // weigh() sets the weights to 0
-                }
-                continue;
-            }
-            for (int h = 0; h < count; ++h) {
-                quantize_query(a, b, h0 + h, query[h]);
-                a.slack[(h0 + h) * a.slack_stride + b] = query[h].bound.slack;
-            }
-            float * out = a.weight + h0 * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
-            switch (count) {
-                case 3: scan_block<3>(codes, groups, query, out, a.weight_stride); break;
-                case 2: scan_block<2>(codes, groups, query, out, a.weight_stride); break;
-                default: scan_block<1>(codes, groups, query, out, a.weight_stride); break;
-            }
+    alignas(64) float largest_step[kMaxDim];
+    largest_steps(a, largest_step);
+    for (int first = 0; first < a.n_query; first += kScanHeads) {
+        switch (a.n_query - first) {
+            case 1: scan_heads<1>(a, first, largest_step); break;
+            case 2: scan_heads<2>(a, first, largest_step); break;
+            case 3: scan_heads<3>(a, first, largest_step); break;
+            default: scan_heads<4>(a, first, largest_step); break;
         }
     }
     for (int h = 0; h < a.n_query; ++h) {

@@ -25,43 +25,46 @@ inline constexpr float kMinLog2 = -120.0f;
 // rounding: docs/performance.md.)
 inline constexpr float kQueryLevels = 127.0f * 256.0f;
 
-// A query scaled by a block's steps that nowhere reaches this is rounded to zero, and this covers what that loses:
-// its norm, with the underflow of its products.
+// A query scaled by the steps that nowhere reaches this is rounded to zero: it is bounded without its codes.
 inline constexpr float kTinyScaledQuery = 0x1p-40f;
-static inline float tiny_error_norm(int dim) { return kTinyScaledQuery * static_cast<float>(dim); }
 
-// What the integer dot products of one block and one query head have to be completed with:
-// score <= quantum * (integer dot) + offset, in log2 units relative to the reference.
-struct ScoreBound {
-    float quantum;
-    float offset;
-    float slack;  // of the offset; the score is at least quantum * dot + offset - 2 * slack
+// One query head against a run of blocks: how its scaled query q * step is rounded to levels * quantum, and the slack of a
+// block as a linear form in what the index knows of the block. In log2 units where not said otherwise.
+struct HeadBound {
+    float inverse;   // of the quantum of q.k: levels = round(q * inverse * step)
+    float quantum;   // of q.k
+    float residual;  // slack per unit of residual_norm,
+    float code;      // of code_norm,
+    float center;    // of center_norm,
+    float constant;  // and of any block
 };
 
-// The query of a head as scaled by a block's steps and rounded: levels * quantum, with largest = max |q * step|.
-// base: q.center - 128 * quantum * sum(levels); error_norm: |q * step - quantum * levels|; both as float32 computed them.
-struct RoundedQuery {
-    float largest;
-    float quantum;
-    float base;
-    float error_norm;
-};
-
-static inline ScoreBound score_bound(const RoundedQuery & rounded, const BlockBounds & block, float query_norm, int dim,
-                                     float to_log2, float reference, bool certified) {
+// largest: max |q_c * step_c| over the channels and blocks; query_norm: |q|, rounded up.
+static inline HeadBound head_bound(float largest, float query_norm, int dim, float to_log2, float reference, bool certified) {
     const float d = static_cast<float>(dim);
-    // No partial sum of the integer and base terms is larger than this: it scales the rounding of those sums.
-    const float magnitude = query_norm * block.center_norm + rounded.largest * 384.0f * d;
-    const float rounding = (2.0f * d + 16.0f) * kUnit * magnitude;
-    const float query_error = (rounded.error_norm * kNormInflation + 2.0f * kUnit * d * rounded.largest) * block.code_norm;
-    const float slack = query_norm * block.residual_norm + query_error + rounding;
-    // The products below round once or twice each; the reference is subtracted, so its own rounding counts too.
-    const float scaled = (slack * to_log2 + 8.0f * kUnit * (magnitude * to_log2 + std::fabs(reference))) * kNormInflation;
-    ScoreBound bound;
-    bound.quantum = rounded.quantum * to_log2;
-    bound.slack = certified ? scaled : 0.0f;
-    bound.offset = rounded.base * to_log2 - reference + bound.slack;
+    const bool tiny = largest < kTinyScaledQuery;
+    HeadBound bound;
+    bound.inverse = tiny ? 0.0f : kQueryLevels / largest;
+    bound.quantum = tiny ? 0.0f : largest / kQueryLevels;
+    if (!certified) {
+        bound.residual = bound.code = bound.center = bound.constant = 0;
+        return bound;
+    }
+    const float unit = to_log2 * kNormInflation;
+    // Rounding to levels is off by half a quantum, and by a hundredth for the products' own rounding, in each channel.
+    const float off = tiny ? kTinyScaledQuery * d : 0.51f * bound.quantum * std::sqrt(d);
+    // The float32 sum that is the base, its sum with the integer part, and the change of unit: relative to their magnitude,
+    // at most query_norm * center_norm + 384 * largest * dim.
+    const float rounding = (2.0f * d + 24.0f) * kUnit;
+    bound.residual = query_norm * unit;
+    bound.code = off * unit;
+    bound.center = rounding * query_norm * unit;
+    bound.constant = (rounding * 384.0f * d * largest * to_log2 + 8.0f * kUnit * std::fabs(reference)) * kNormInflation;
     return bound;
+}
+
+static inline float block_slack(const HeadBound & head, const BlockBounds & block) {
+    return head.residual * block.residual_norm + head.code * block.code_norm + head.center * block.center_norm + head.constant;
 }
 
 // At most 2^(-2 * slack), the factor from a cell's upper weight down to its lower: (1 - x/4)^4 <= e^-x for 0 <= x <= 4.

@@ -87,67 +87,57 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
     }
 }
 
-// The query of one head, scaled by one block's steps and rounded to integers.
-struct BlockQuery {
-    int32_t level[1024];
-    ScoreBound bound;
-};
-
-void quantize_query(const ScanArgs & a, int block, int head, BlockQuery & out) {
+// The largest |q_c * step_c| of one head over the blocks that have anything to scan.
+float largest_scaled(const ScanArgs & a, int head) {
     const int dim_padded = padded(a.dim);
-    const float * query = a.query + head * dim_padded;
-    const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
-    const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
-
-    RoundedQuery rounded{};
-    for (int c = 0; c < a.dim; ++c) {
-        rounded.largest = std::max(rounded.largest, std::fabs(query[c] * bf16_to_f32(step[c])));
+    float largest = 0;
+    for (int b = 0; b < a.n_blocks; ++b) {
+        for (int c = 0; c < a.dim && a.cells[b] != 0; ++c) {
+            largest = std::max(largest, std::fabs(a.query[head * dim_padded + c] * bf16_to_f32(a.step[b * dim_padded + c])));
+        }
     }
-    // Below this the squares of the rounding errors would underflow; such a block is bounded without its codes.
-    const bool tiny = rounded.largest < kTinyScaledQuery;
-    rounded.quantum = tiny ? 0.0f : rounded.largest / kQueryLevels;
-    const float inverse = tiny ? 0.0f : kQueryLevels / rounded.largest;
-
-    float error_squared = 0;
-    for (int c = 0; c < a.dim; ++c) {
-        const float scaled = query[c] * bf16_to_f32(step[c]);
-        const float level = std::nearbyint(scaled * inverse);
-        const float error = scaled - rounded.quantum * level;
-        out.level[c] = static_cast<int32_t>(level);
-        rounded.base += query[c] * bf16_to_f32(center[c]) - 128.0f * rounded.quantum * level;
-        error_squared += error * error;
-    }
-    rounded.error_norm = tiny ? tiny_error_norm(a.dim) : std::sqrt(error_squared);
-    out.bound = score_bound(rounded, a.bounds[block], a.query_norm[head], a.dim, a.to_log2, a.reference[head], a.certified);
+    return largest;
 }
 
 void scan(const ScanArgs & a) {
     const int groups = (a.dim + 3) / 4;
-    BlockQuery query;
-    for (int b = 0; b < a.n_blocks; ++b) {
-        const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
-        for (int h = 0; h < a.n_query; ++h) {
+    const int dim_padded = padded(a.dim);
+    for (int h = 0; h < a.n_query; ++h) {
+        const float * query = a.query + h * dim_padded;
+        const HeadBound head = head_bound(largest_scaled(a, h), a.query_norm[h], a.dim, a.to_log2, a.reference[h], a.certified);
+        for (int b = 0; b < a.n_blocks; ++b) {
             float * weight = a.weight + h * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
+            std::fill(weight, weight + kBlockCells, 0.0f);
+            a.slack[h * a.slack_stride + b] = 0;
             if (a.cells[b] == 0) {
-                std::fill(weight, weight + kBlockCells, 0.0f);
-                a.slack[h * a.slack_stride + b] = 0;
                 continue;
             }
-            quantize_query(a, b, h, query);
-            a.slack[h * a.slack_stride + b] = query.bound.slack;
+            // The query, scaled by the block's steps and rounded to integers; and what completes their dots with the codes.
+            const uint16_t * center = a.center + static_cast<int64_t>(b) * dim_padded;
+            const uint16_t * step = a.step + static_cast<int64_t>(b) * dim_padded;
+            int32_t level[1024];
+            float base = 0;
+            for (int c = 0; c < a.dim; ++c) {
+                const float rounded = std::nearbyint(query[c] * head.inverse * bf16_to_f32(step[c]));
+                level[c] = static_cast<int32_t>(rounded);
+                base += query[c] * bf16_to_f32(center[c]) - 128.0f * head.quantum * rounded;
+            }
+            const float slack = block_slack(head, a.bounds[b]);
+            const float offset = base * a.to_log2 - a.reference[h] + slack;
+            a.slack[h * a.slack_stride + b] = slack;
 
+            const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
             double sum = 0;
             for (int i = 0; i < kBlockCells; ++i) {
-                weight[i] = 0;
                 if ((a.cells[b] >> i & 1) == 0) {
                     continue;
                 }
                 int64_t dot = 0;
                 for (int c = 0; c < a.dim; ++c) {
-                    dot += int64_t{query.level[c]} * codes[(c / 4 * kBlockCells + i) * 4 + c % 4];
+                    dot += int64_t{level[c]} * codes[(c / 4 * kBlockCells + i) * 4 + c % 4];
                 }
-                const float score = static_cast<float>(dot) * query.bound.quantum + query.bound.offset;
-                weight[i] = std::exp2(std::max(score, kMinLog2));
+                const float score = static_cast<float>(dot) * (head.quantum * a.to_log2) + offset;
+                weight[i] = std::exp2(score < kMinLog2 ? kMinLog2 : score);
                 sum += weight[i];
                 for (int j = 0; j < kCandidates; ++j) {
                     if (weight[i] < a.candidate[j]) {
@@ -155,7 +145,7 @@ void scan(const ScanArgs & a) {
                     }
                 }
             }
-            a.lower[h] += sum * lower_factor(query.bound.slack);
+            a.lower[h] += sum * lower_factor(slack);
         }
     }
 }
