@@ -51,7 +51,8 @@ target_include_directories(_core SYSTEM PRIVATE "${NB_DIR}/include" ${Python_INC
 target_compile_options(_core PRIVATE ${_warnings})
 set_target_properties(_core PROPERTIES INSTALL_RPATH "$ORIGIN/lib" BUILD_WITH_INSTALL_RPATH ON
                       LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
-nanobind_add_stub(_core_stub MODULE _core OUTPUT _core.pyi PYTHON_PATH $<TARGET_FILE_DIR:_core> DEPENDS _core)
+nanobind_add_stub(_core_stub MODULE _core OUTPUT _core.pyi PYTHON_PATH $<TARGET_FILE_DIR:_core> DEPENDS _core
+                  PATTERN_FILE "${_cpp}/bindings/stubs.pat")
 
 install(TARGETS _core LIBRARY DESTINATION louver_llama COMPONENT louver)
 install(TARGETS louver-ggml ${LOUVER_LLAMA_TARGETS} LIBRARY DESTINATION louver_llama/lib COMPONENT louver)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +14,8 @@ from types import TracebackType
 
 import numpy as np
 
-# A thread that waits in a barrier gives its core away: ten times faster for tiny graphs on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-from louver_llama._libraries import LIBRARY_FOLDER, llama_cpp  # noqa: E402
-from louver_llama._libraries import core as _core  # noqa: E402
+from louver_llama._libraries import LIBRARY_FOLDER, llama_cpp
+from louver_llama._libraries import core as _core
 
 logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # llama.cpp's log goes there
 llama_cpp.llama_backend_init()

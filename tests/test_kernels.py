@@ -283,14 +283,14 @@ class Scan:
         stored = Stored.of(keys, dtype)
         decoded = stored.decoded()[:, 0]
         query = np.ascontiguousarray(query, np.float32)
-        to_log2 = float(np.float32(LOG2E / math.sqrt(keys.shape[1])))
+        to_log2 = float(np.float32(LOG2E / math.sqrt(keys.shape[1]) * scale))
         index = core.GridIndex(keys.shape[1], 0, len(keys))
         repair_all(index, np.ones(len(keys), bool), stored, None)
         indexed = np.array([index.indexed(b) for b in range(index.n_blocks)], np.uint64)
         cells = indexed & to_bits(rng.uniform(size=len(keys)) >= hidden)
         x = np.full((len(query), index.n_blocks * BLOCK), -np.inf)
         x[:, : len(keys)] = exact_dots(query, decoded) * to_log2
-        reference = x.max(1).astype(np.float32)
+        reference = np.clip(x.max(1), -3e38, 3e38).astype(np.float32)
         x[:, ~from_bits(cells)] = -np.inf
         candidate = np.exp2(np.linspace(-20, 3, 8)).astype(np.float32)
         exact = x - reference[:, None].astype(float)
@@ -341,12 +341,29 @@ class Scan:
 
 
 def rounding_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, Float]:
-    """Keys half a step off the grid in the query's direction; the query half a quantum off its levels."""
-    query = rng.integers(-127, 127, (2, dim)) + 0.4999
-    query[:, 0] = 127
-    keys = (rng.integers(-126, 126, (n, dim)) + 0.4999 * np.sign(query[0])) / 127
-    keys[0], keys[1] = -1, 1
+    """Keys half a step off the grid in the query's direction; the second query half a quantum off its levels."""
+    step = math.ceil(2**14 / 127) / 2**14  # bfloat16 of 1 / 127, rounded up
+    query = np.stack([rng.choice([-1.0, 1.0], dim), rng.integers(-127, 127, dim) + 0.4999])
+    query[1, 0] = 127
+    keys = (rng.integers(-125, 125, (n, dim)) + 0.4999 * np.sign(query[0])) * step
+    keys[:1], keys[1:2] = -1, 1  # so that the grid is -1 to 1
     return query, keys
+
+
+def level_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, Float]:
+    """Keys on the grid, without residual, in the direction of what the query loses when it becomes integers."""
+    query = rng.integers(-30000, 30000, (2, dim)) + 0.4999
+    query[:, 0] = 127 * 256  # the largest level there is
+    keys = rng.integers(-127, 128, (n, dim)).astype(float)
+    keys[0], keys[1:2] = 127, -127
+    return query, keys / 128  # 127 / 128 in 127 steps of a power of two
+
+
+def lost_additions(n: int, dim: int) -> tuple[Float, Float]:
+    """Equal keys; in a float32 sum over the channels in order, all but the first product are rounded away."""
+    query = np.full((2, dim), 0.49 * 2.0**-9)  # of an ulp of 2^14
+    query[:, 0] = 2**14
+    return query, np.ones((n, dim))
 
 
 def adversaries(rng: np.random.Generator, n: int, dim: int) -> Iterator[tuple[str, Float, Float]]:
@@ -383,6 +400,8 @@ def adversaries(rng: np.random.Generator, n: int, dim: int) -> Iterator[tuple[st
     yield "near the largest float", query(1e-3), keys() * 5e37
     yield "aligned", np.sign(query()), np.sign(query()[:1]) * np.abs(keys())
     yield "rounding traps", *rounding_traps(rng, n, dim)
+    yield "level traps", *level_traps(rng, n, dim)
+    yield "lost additions", *lost_additions(n, dim)
 
 
 @each_isa
@@ -397,6 +416,19 @@ def test_scan_bounds_hold_against_adversaries(rng: np.random.Generator, isa: str
             except AssertionError as error:
                 error.add_note(f"{name}, n = {n}, dim = {dim}")
                 raise
+
+
+@each_isa
+@pytest.mark.parametrize("size", [1e-9, core.TINY_SCALED_QUERY, 1e-14, 1e-30])
+def test_scan_bounds_hold_for_tiny_queries_that_matter(
+    rng: np.random.Generator, isa: str, size: float
+) -> None:
+    # A large scale makes up for the query: what is lost because it is tiny has to be in the slack.
+    for dim in (1, 3, 64, 256):
+        for exponent in range(-3, 12):
+            query, keys = rng.normal(size=(2, dim)) * size * 2.0**exponent, rng.normal(size=(130, dim))
+            scan = Scan.of(query, keys.astype(np.float32), scale=20 / size / 2.0**exponent)
+            scan.check(isa)
 
 
 @each_isa
@@ -453,7 +485,8 @@ def test_scan_from_a_later_block(rng: np.random.Generator, isa: str) -> None:
         scan.to_log2,
         first=2,
     )[0]
-    np.testing.assert_array_equal(part[:, : 3 * BLOCK], whole[:, 2 * BLOCK :])
+    # Not the same to the last bit: the query's quantum belongs to the run of blocks.
+    np.testing.assert_allclose(part[:, : 3 * BLOCK], whole[:, 2 * BLOCK :], rtol=1e-3)
 
 
 @each_isa
@@ -478,7 +511,7 @@ def test_without_slack_the_bounds_fail(rng: np.random.Generator, isa: str) -> No
                 scan = Scan.of(query.astype(np.float32), keys.astype(np.float32))
                 assert scan.violations(isa) == 0
                 found[name, dim] = scan.violations(isa, certified=False)
-    assert all(n > 50 for n in found.values()), found
+    assert min(found.values()) > 0 and sum(found.values()) > 500, found
 
 
 @each_isa

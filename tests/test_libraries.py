@@ -93,7 +93,9 @@ def test_child_processes_are_left_alone() -> None:
 
 
 def test_import_loads_nothing() -> None:
-    process = python("import louver_llama, sys; print(sorted({'llama_cpp', 'numpy', 'rich'} & set(sys.modules)))")
+    process = python(
+        "import louver_llama, sys; print(sorted({'llama_cpp', 'numpy', 'rich'} & set(sys.modules)))"
+    )
     assert process.stdout == "[]\n"
 
 

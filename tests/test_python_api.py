@@ -187,7 +187,7 @@ def test_prompt_too_long(llm: Llama, kind: str) -> None:
     with pytest.raises(PromptTooLongError) as caught:
         calls[kind]()
     error = caught.value
-    assert error.n_tokens >= len(tokens) and error.n_ctx == 1024
+    assert error.n_tokens > 1500 and error.n_ctx == 1024
     assert f"{error.n_tokens}" in str(error) and "1024" in str(error)
     assert isinstance(error, ValueError)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
@@ -272,18 +272,16 @@ def test_other_arguments_are_llama_cpps(model_path: str) -> None:
 def test_log_goes_where_it_went(model_path: str) -> None:
     lines: list[bytes] = []
     callback = llama_cpp.llama_log_callback(lambda level, line, _: lines.append(line))
-    before = llama_cpp.llama_log_callback()
-    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(ctypes.c_void_p()))
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     llama_cpp.llama_log_set(callback, None)
     try:
         Llama(model_path, verbose=False).close()
         n_lines = len(lines)
-        llama_cpp.llama_log_set(callback, None)
         Llama(model_path, verbose=False).close()
     finally:
-        llama_cpp.llama_log_set(before, None)
-    assert n_lines > 0
-    assert len(lines) >= 2 * n_lines - 1
+        llama_cpp.llama_log_set(before, data)
+    assert len(lines) > n_lines > 0
 
 
 def test_failed_decode_leaves_no_trace(llm: Llama, model_path: str) -> None:
@@ -298,6 +296,15 @@ def test_failed_decode_leaves_no_trace(llm: Llama, model_path: str) -> None:
     stock.close()
     assert llm.louver_stats()["attention"] == before
     assert text(llm(PROMPT, **GREEDY)) == expected
+
+
+def test_decode_through_the_c_api(llm: Llama) -> None:
+    llm.eval(llm.tokenize(PROMPT.encode()))
+    before = llm.louver_stats()["attention"]["louver"]
+    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 1)(llm.token_bos()), 1)
+    assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    assert llm.louver_stats()["attention"]["louver"] == before + llama_cpp.llama_model_n_layer(llm.model)
+    assert_louver_ran_and_missed_nothing(llm)
 
 
 def test_two_contexts_keep_their_own_counts(llm: Llama, model_path: str) -> None:

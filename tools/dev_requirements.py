@@ -1,7 +1,8 @@
-"""Print what the `dev` extra of pyproject.toml asks for, so that make can install it without building us again."""
+"""Print what the `dev` extra of pyproject.toml asks for: make installs it without a build of ourselves."""
+
+from pathlib import Path
 
 import tomllib
-from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 print("\n".join(project["optional-dependencies"]["dev"]))

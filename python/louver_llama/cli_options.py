@@ -56,9 +56,8 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
 
 def _add_prompt(run: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
-    text = run.add_mutually_exclusive_group()
-    text.add_argument("-p", "--prompt", metavar="PROMPT", help="text to go on from")
-    text.add_argument("-f", "--file", metavar="FNAME", help="file with the text to go on from")
+    run.add_argument("-p", "--prompt", metavar="PROMPT", help="text to go on from")
+    run.add_argument("-f", "--file", metavar="FNAME", help="file with such a text; -p comes after it")
     run.add_argument("-e", "--escape", action=switch, default=True, help=r"read \n, \t, ... in -p and -sys")
     run.add_argument("--display-prompt", action=switch, default=True, help="print the prompt too")
     run.add_argument(

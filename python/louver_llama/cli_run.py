@@ -63,9 +63,10 @@ class _Session:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
 
-    def answer(self, tokens: list[int]) -> bytes:
-        """Write what the model says after ``tokens``; returns it."""
+    def answer(self, tokens: list[int], heading: str = "") -> bytes:
+        """Write ``heading`` and what the model says after ``tokens``; returns the latter."""
         n_tokens, seconds = prefill(self.llm, tokens, self.console)
+        write(heading.encode())
         self.prefill_tokens += n_tokens
         self.prefill_seconds += seconds
         room = self.llm.n_ctx() - len(tokens)
@@ -112,9 +113,7 @@ def _complete(session: _Session, options: argparse.Namespace, prompt: str) -> No
     tokens = session.llm.tokenize(prompt.encode(), special=True)
     if not tokens:
         raise ValueError("the prompt is empty")
-    if options.display_prompt:
-        write(prompt.encode())
-    session.answer(tokens)
+    session.answer(tokens, prompt if options.display_prompt else "")
 
 
 def _converse(session: _Session, options: argparse.Namespace, prompt: str | None) -> None:
@@ -138,10 +137,13 @@ def _next_turn() -> str | None:
 
 
 def _prompt(options: argparse.Namespace) -> str | None:
+    parts = []
     if options.file is not None:
-        # As llama.cpp does: one line break at the end belongs to the file, not to the prompt.
-        return Path(options.file).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
-    return None if options.prompt is None else _unescaped(options.prompt, options)
+        # As in llama.cpp, one line break at the end belongs to the file, not to the prompt.
+        parts.append(Path(options.file).read_text(encoding="utf-8", errors="replace").removesuffix("\n"))
+    if options.prompt is not None:
+        parts.append(_unescaped(options.prompt, options))
+    return "\n\n".join(parts) if parts else None
 
 
 def _unescaped(text: str, options: argparse.Namespace) -> str:

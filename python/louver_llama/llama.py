@@ -23,6 +23,9 @@ class Llama(llama_cpp.Llama):
 
     Everything of llama_cpp.Llama works as it does there. New are the argument ``louver``, the property of
     that name, ``louver_stats`` and ``reset_louver_stats``. ``flash_attn`` is on by default: Louver needs it.
+
+    Whoever calls llama_cpp.llama_decode(llm.ctx, ...) directly attends through Louver too, once a decode by
+    this object's own methods has shown it the cache.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def prefill(llm: Llama, tokens: Sequence[int], console: Console) -> tuple[int, f
         raise PromptTooLongError(len(tokens), llm.n_ctx())
     kept = min(llm.longest_token_prefix(llm.input_ids[: llm.n_tokens].tolist(), tokens), len(tokens) - 1)
     # Not every kind of memory can forget its end; then all is evaluated anew.
-    if kept and llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, kept, -1):
+    if kept > 0 and llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, kept, -1):
         llm.n_tokens = kept
     else:
         llm.reset()  # type: ignore[no-untyped-call]

@@ -265,13 +265,14 @@ class Decoder {
             const int tile = std::min(kBlockCells, n - i);
             k_.rows_to_f32(t_.keys[kv_head], s_.cells + i, tile, s_.keys, {});
             const float key_norm = largest_norm(tile);
+            const bool usable = std::isfinite(key_norm);  // else narrow() finds the total infinite
             k_.dots(query(kv_head * gqa_), gqa_, s_.keys, tile, key_width_, s_.scores, kBlockCells);
             for (int j = 0; j < gqa_; ++j) {
                 const int h = kv_head * gqa_ + j;
                 mine(h).key_norm = std::max(mine(h).key_norm, key_norm);
                 const float sum = k_.exp2_sum(s_.scores + j * kBlockCells, tile, static_cast<float>(to_log2_), s_.reference[h]);
                 const double error = score_error(s_.query_norm[h], key_norm, t_.keys[0].dim, to_log2_);
-                s_.lower[slot(team_.rank, h)] += sum * std::exp2(-error);
+                s_.lower[slot(team_.rank, h)] += usable ? sum * std::exp2(-error) : std::numeric_limits<double>::infinity();
             }
         }
     }
