@@ -277,7 +277,7 @@ class Scan:
 
     @classmethod
     def of(
-        cls, query: Float, keys: Float, *, dtype: str = "f32", to_log2: float = 0.0, hidden: float = 0.0
+        cls, query: Float, keys: Float, *, dtype: str = "f32", scale: float = 1.0, hidden: float = 0.0
     ) -> Scan:
         rng = np.random.default_rng(len(keys) * 1000 + keys.shape[1])
         stored = Stored.of(keys, dtype)
@@ -341,7 +341,7 @@ class Scan:
 
 
 def rounding_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, Float]:
-    """Keys half a step off the grid in the query's direction; the second query half a quantum off its levels."""
+    """Keys half a step off the grid in the query's direction; the second query is off its levels too."""
     step = math.ceil(2**14 / 127) / 2**14  # bfloat16 of 1 / 127, rounded up
     query = np.stack([rng.choice([-1.0, 1.0], dim), rng.integers(-127, 127, dim) + 0.4999])
     query[1, 0] = 127
@@ -351,7 +351,7 @@ def rounding_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, F
 
 
 def level_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, Float]:
-    """Keys on the grid, without residual, in the direction of what the query loses when it becomes integers."""
+    """Keys on the grid, without residual, in the direction of what the query loses as integers."""
     query = rng.integers(-30000, 30000, (2, dim)) + 0.4999
     query[:, 0] = 127 * 256  # the largest level there is
     keys = rng.integers(-127, 128, (n, dim)).astype(float)
@@ -364,6 +364,11 @@ def lost_additions(n: int, dim: int) -> tuple[Float, Float]:
     query = np.full((2, dim), 0.49 * 2.0**-9)  # of an ulp of 2^14
     query[:, 0] = 2**14
     return query, np.ones((n, dim))
+
+
+def vanishing_channel(query: Float, keys: Float, large: float, small: float) -> tuple[Float, Float]:
+    query[:, 0], keys[:, 0] = large, keys[:, 0] * 1e5 * small
+    return query, keys
 
 
 def adversaries(rng: np.random.Generator, n: int, dim: int) -> Iterator[tuple[str, Float, Float]]:
@@ -392,6 +397,8 @@ def adversaries(rng: np.random.Generator, n: int, dim: int) -> Iterator[tuple[st
     yield "tiny query, large keys", query(1e-25), keys(1e20)
     yield "subnormal query", query(1e-41), keys(1e4)
     yield "query with tiny channels", query() * np.where(np.arange(dim) % 3, 1e-15, 1), keys()
+    for large, small in ((1e28, 1e-36), (1e33, 1e-40)):
+        yield "large query on a vanishing channel", *vanishing_channel(query(), keys(1e-5), large, small)
     yield "one channel", query() * (np.arange(dim) == 0), keys()
     yield "large", query(1e4), keys(1e4)
     yield "large offset", query(), keys() + 1e4

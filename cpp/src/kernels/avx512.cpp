@@ -270,7 +270,8 @@ inline __m128 round_queries(const ScanArgs & a, int block, const float * query, 
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
             const __m512 x = _mm512_loadu_ps(query + h * dim_padded + c);
-            const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, inverse[h]), s));
+            const __m512i level =
+                _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, s), inverse[h]));  // in this order nothing overflows
             base[h] = _mm512_fmadd_ps(x, m, base[h]);
             base[h] = _mm512_fnmadd_ps(recenter[h], _mm512_cvtepi32_ps(level), base[h]);
             const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(level, half), 8);

@@ -118,8 +118,9 @@ void scan(const ScanArgs & a) {
             int32_t level[1024];
             float base = 0;
             for (int c = 0; c < a.dim; ++c) {
-                const float rounded = std::nearbyint(query[c] * head.inverse * bf16_to_f32(step[c]));
-                level[c] = static_cast<int32_t>(rounded);
+                // In this order nothing overflows: no scaled query exceeds the largest one.
+                const float rounded = std::nearbyint(query[c] * bf16_to_f32(step[c]) * head.inverse);
+                level[c] = std::isfinite(rounded) ? static_cast<int32_t>(rounded) : 0;  // else the base is not finite either
                 base += query[c] * bf16_to_f32(center[c]) - 128.0f * head.quantum * rounded;
             }
             const float slack = block_slack(head, a.bounds[b]);
