@@ -26,7 +26,7 @@ DTYPES = (
     ("bf16", "f16"),
 )
 LENGTHS = (1, 2, 63, 64, 65, 127, 500, 513, 1000, 1027)
-ROUNDING = 1e-4  # of float32, on top of every bound; values are about 1
+ROUNDING = 1e-4  # of float32 sums, on top of every bound; outputs are up to 16 long
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_epsilon_0_is_dense(rng: np.random.Generator, dim: int, dtypes: tuple[st
             layer = make_layer(rng, n_kv, key_dim=dim, dtypes=dtypes, n_gqa=1 + n_kv % 4)
             result = layer.decode(epsilon=0, n_threads=n_threads)
             assert result.outcome == "done"
-            assert errors(layer, result).max() < 2e-5
+            assert errors(layer, result).max() < ROUNDING
             for c in result.certificates:
                 assert (c.n_visible, c.n_scanned, c.n_attended) == (n_kv, 0, n_kv)
                 assert (c.delta, c.error_bound, c.tau) == (0, 0, -math.inf)
@@ -109,7 +109,7 @@ def test_epsilon_0_with_hidden_cells(rng: np.random.Generator, hidden: str, n_th
     layer = make_layer(rng, n_kv, visible=visible)
     result = layer.decode(epsilon=0, n_threads=n_threads)
     assert result.outcome == "done"
-    assert errors(layer, result).max() < 2e-5
+    assert errors(layer, result).max() < ROUNDING
 
 
 def test_heads_of_very_different_scores_do_not_disturb_each_other(rng: np.random.Generator) -> None:
@@ -167,14 +167,14 @@ def test_every_length_keeps_its_promises(rng: np.random.Generator, n_kv: int) ->
             assert all(c.n_scanned == n_kv for c in result.certificates)
             if max(sinks, recent) >= n_kv:
                 assert all(c.n_attended == n_kv for c in result.certificates)
-                assert errors(layer, result).max() < 2e-5
+                assert errors(layer, result).max() < ROUNDING
 
 
 def test_keys_and_values_of_different_dimension(rng: np.random.Generator) -> None:
     for key_dim, value_dim in ((192, 128), (64, 256), (128, 16), (80, 33)):
         layer = make_layer(rng, 600, key_dim=key_dim, value_dim=value_dim).build()
         check_step(layer, layer.decode(epsilon=0.05, check=True), 0.05)
-        assert errors(layer, layer.decode(epsilon=0)).max() < 2e-5
+        assert errors(layer, layer.decode(epsilon=0)).max() < ROUNDING
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.2, 0.5])
@@ -215,6 +215,22 @@ def test_the_attended_cells_seen_through_the_output(rng: np.random.Generator, ep
             assert found[h].sum() == c.n_attended < 0.75 * 900
             share = weights(layer.query[h], keys, visible, layer.scale)
             assert share[~found[h, visible]].sum() <= c.delta <= epsilon * 1.001
+
+
+def test_tau_is_right_to_the_last_key(rng: np.random.Generator) -> None:
+    # Scores a hundredth of a nat apart, and nearly no slack: some dropped key lies just under every tau.
+    n_kv, dim = 4000, 16
+    keys = np.zeros((n_kv, 1, dim), np.float32)
+    keys[:, 0, 0] = np.linspace(-20, 0, n_kv)
+    query = np.eye(1, dim, dtype=np.float32)
+    values = Stored.of(rng.normal(size=(n_kv, 1, 16)).astype(np.float32))
+    layer = Layer(query, Stored.of(keys), values, 1.0, np.ones(n_kv, bool)).build()
+    scores = keys[:, 0, 0].astype(float)
+    for epsilon in np.geomspace(1e-3, 0.5, 12):
+        result = layer.decode(epsilon=epsilon, check=True, sinks=0, recent=0)
+        check_step(layer, result, epsilon)
+        (c,) = result.certificates
+        assert (scores >= c.tau).sum() <= c.n_attended <= (scores >= c.tau - 0.01).sum() + 1
 
 
 def test_a_group_shares_its_survivors(rng: np.random.Generator) -> None:
@@ -261,7 +277,7 @@ def test_hidden_cells_do_not_matter(rng: np.random.Generator) -> None:
     after = layer.build().decode(epsilon=0.05, check=True)
     assert after.outcome == "done"
     np.testing.assert_allclose(after.output, before.output, atol=1e-5)
-    assert errors(layer, layer.decode(epsilon=0)).max() < 2e-5
+    assert errors(layer, layer.decode(epsilon=0)).max() < ROUNDING
 
 
 def test_unindexed_cells_are_attended(rng: np.random.Generator) -> None:
@@ -274,7 +290,7 @@ def test_unindexed_cells_are_attended(rng: np.random.Generator) -> None:
         for c in result.certificates:
             assert c.n_scanned == indexed.sum() and c.n_attended >= 777 - indexed.sum()
         if share == 0:
-            assert errors(layer, result).max() < 2e-5
+            assert errors(layer, result).max() < ROUNDING
 
 
 # Threads
@@ -291,7 +307,7 @@ def test_threads_agree_and_runs_repeat(rng: np.random.Generator, epsilon: float)
                 np.testing.assert_array_equal(run.output, runs[0].output)
                 for c, first in zip(run.certificates, runs[0].certificates, strict=True):
                     assert (c.tau, c.delta, c.error_bound) == (first.tau, first.delta, first.error_bound)
-            np.testing.assert_allclose(runs[0].output, one.output, atol=2e-5)
+            np.testing.assert_allclose(runs[0].output, one.output, atol=ROUNDING)
             for c, first in zip(runs[0].certificates, one.certificates, strict=True):
                 assert c.n_attended == first.n_attended
                 assert c.delta == pytest.approx(first.delta, rel=1e-3)

@@ -335,9 +335,9 @@ class Scan:
         assert (lower <= total * (1 + core.WEIGHT_ERROR)).all()
         factor = [[core.lower_factor(s) for s in head] for head in slack]
         expected = (w * np.repeat(factor, BLOCK, axis=1)).sum(1)
-        np.testing.assert_allclose(lower, expected, rtol=core.WEIGHT_ERROR)
+        np.testing.assert_allclose(lower, expected, rtol=core.WEIGHT_ERROR, atol=1e-37)
         under = [[math.fsum(head[head < c]) for c in self.candidate] for head in w]
-        np.testing.assert_allclose(below, under, rtol=core.WEIGHT_ERROR)
+        np.testing.assert_allclose(below, under, rtol=core.WEIGHT_ERROR, atol=1e-37)
 
 
 def rounding_traps(rng: np.random.Generator, n: int, dim: int) -> tuple[Float, Float]:

@@ -64,9 +64,10 @@ for first in range(0, int(n_context), 512):
     decode(tokens[first : min(first + 512, int(n_context))])
 for token in tokens[int(n_context) :]:
     decode([token])
-assert not any("louver" in name for name in sys.modules)
-with open("/proc/self/maps") as maps:
-    assert "/_core." not in maps.read()
+assert "louver_llama" not in sys.modules
+with open("/proc/self/maps") as file:
+    maps = file.read()
+assert "libggml-cpu" in maps and "liblouver" not in maps and "/_core." not in maps
 np.save(output, np.stack(logits))
 """
 
@@ -88,7 +89,7 @@ def model(smollm2: Path) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def english(model: Model) -> list[int]:
     """The manual of Python, from the standard library."""
-    return model.tokenize("\n".join(topics.values())[:40_000])
+    return model.tokenize("\n".join(topics.values())[:60_000])
 
 
 def prefill(engine: Engine, tokens: list[int]) -> list[np.ndarray]:
@@ -103,7 +104,8 @@ def test_disabled_is_bit_identical_to_a_process_without_louver(
     np.save(tmp_path / "tokens.npy", tokens)
     arguments = [smollm2, LIBRARY_FOLDER, tmp_path / "tokens.npy", N_CONTEXT, *CONTEXT.values()]
     command = [sys.executable, "-c", STOCK_PROCESS, *map(str, arguments), str(tmp_path / "logits.npy")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
     stock = np.load(tmp_path / "logits.npy")
 
     with Engine(model, **CONTEXT, enabled=False, epsilon=0.2, min_context=64) as engine:
@@ -206,9 +208,10 @@ def test_epsilon_zero_generates_what_dense_attention_does(
     model_in_float32: Model, english: list[int]
 ) -> None:
     depth, n, n_layer, n_head = 4000, 200, 30, 9
+    start = 5000  # where what is generated is not soon a loop
     with Engine(model_in_float32, **CONTEXT, type_v="bf16", min_context=64) as engine:
         runtime = engine.runtime
-        first = int(engine.extend(english[:depth]).argmax())
+        first = int(engine.extend(english[start : start + depth]).argmax())
         runtime.configure(enabled=False)
         stock, stock_logits = greedy(engine, first, n)
 
@@ -218,7 +221,7 @@ def test_epsilon_zero_generates_what_dense_attention_does(
         dense, dense_logits = greedy(engine, first, n)
         assert engine.stats["attention"] == {"louver": 0, "dense": n_layer * n, "stock": 0}
         assert dense == stock, first_difference(stock, dense, stock_logits)
-        assert len(set(stock)) > n / 4  # a text, not a loop
+        assert len(set(stock)) > n / 4
         assert 0 < np.abs(dense_logits - stock_logits).max() < 0.2
 
         # And at real depth the check finds nothing.
