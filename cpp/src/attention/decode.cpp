@@ -278,16 +278,16 @@ class Decoder {
     }
 
     float largest_norm(int n) const {
-        float largest = 0;
+        double largest = 0;
         for (int i = 0; i < n; ++i) {
             const float * key = s_.keys + i * key_width_;
-            float squared = 0;
+            double squared = 0;
             for (int c = 0; c < key_width_; ++c) {
-                squared += key[c] * key[c];
+                squared += static_cast<double>(key[c]) * key[c];
             }
-            largest = std::max(largest, squared);
+            largest = squared <= largest ? largest : squared;  // a NaN is taken over
         }
-        return std::sqrt(largest) * kNormInflation;
+        return static_cast<float>(std::sqrt(largest)) * kNormInflation;
     }
 
     // The team's sums of the first pass, to each head's second candidates. Every thread does the same, as in choose().
@@ -424,7 +424,8 @@ class Decoder {
             const float peak = k_.largest(scores, n) * static_cast<float>(to_log2_) - reference;
             const float raised = !(peak <= p.peak) ? peak : p.peak;  // a NaN is taken over, and found by report_finite
             s_.rescale[j] = std::exp2(p.peak - raised);
-            p.kept = p.kept * s_.rescale[j] + k_.exp2_sum(scores, n, static_cast<float>(to_log2_), raised + reference);
+            p.kept = p.kept * static_cast<double>(s_.rescale[j]) +
+                     static_cast<double>(k_.exp2_sum(scores, n, static_cast<float>(to_log2_), raised + reference));
             p.peak = raised;
             p.attended += n;
         }
@@ -509,7 +510,7 @@ class Decoder {
     void report_finite() {
         for (int h = 0; h < t_.n_head; ++h) {
             const Partial & p = mine(h);
-            double sum = static_cast<double>(p.kept) + p.dropped;
+            double sum = p.kept + p.dropped;
             for (int c = 0; c < value_width_; ++c) {
                 sum += output(team_.rank, h)[c] * 0.0f;
             }
@@ -530,7 +531,7 @@ class Decoder {
         for (int rank = 0; rank < team_.size; ++rank) {
             const Partial & p = partial(rank, h);
             const float factor = p.peak == -kInfinity ? 0.0f : std::exp2(p.peak - all.peak);
-            kept += static_cast<double>(p.kept) * factor;
+            kept += p.kept * static_cast<double>(factor);
             all.dropped += p.dropped;
             all.compensation += p.compensation;
             all.value_norm = std::max(all.value_norm, p.value_norm);

@@ -16,7 +16,7 @@ inline constexpr int kChunkCells = kChunkBlocks * kBlockCells;
 // What one thread found for one query head. Weights are in units of 2^reference.
 struct Partial {
     float peak;           // log2, of the largest exact weight so far; the sums below are in units of 2^peak
-    float kept;           // exact weights of the attended cells
+    double kept;          // exact weights of the attended cells
     double dropped;       // upper bound on the weights of the dropped cells; in units of 2^reference, as the next
     double compensation;  // approximate weights that compensation added
     float value_norm;     // largest |value| where something was dropped

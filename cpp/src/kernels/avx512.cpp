@@ -42,7 +42,9 @@ template <DType kType> inline __m512 load_ps(const std::byte * row, int c, int d
         return whole ? _mm512_loadu_ps(row + 4 * c) : _mm512_maskz_loadu_ps(tail_mask(dim - c), row + 4 * c);
     } else if constexpr (kType == DType::q8_0) {
         const std::byte * group = row + c / 32 * 34;
-        const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(*reinterpret_cast<const int16_t *>(group)));
+        int16_t scale_bits;
+        __builtin_memcpy(&scale_bits, group, sizeof(scale_bits));
+        const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(scale_bits));
         const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(group + 2 + c % 32));
         return _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels)));
     } else {
