@@ -217,7 +217,13 @@ def test_another_llama_cpp(tmp_path: Path) -> None:
 
 def test_ctrl_c(model_path: str) -> None:
     arguments = ["run", "-m", model_path, "-p", "Once upon a time", "-c", "4096", "--ignore-eos"]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Where the tests run in the background of a shell, children would inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout is not None
     process.stdout.read(30)
     process.send_signal(signal.SIGINT)
