@@ -30,7 +30,7 @@ LEFT_TO_STOCK = {
     "cache_type": "any other type of cache",
     "layout": "tensors that do not lie as llama.cpp's KV cache does",
     "work_buffer": "a work buffer too small for the scan",
-    "not_finite": "a NaN or an infinity among queries, keys or values",
+    "not_finite": "a NaN, an infinity or an overflow among queries, keys, values or scores",
 }
 
 
