@@ -6,6 +6,9 @@ endif()
 # The bounds of docs/guarantee.md hold for IEEE arithmetic with rounding to nearest: no fast-math, ever, and
 # no contraction that the source does not spell out.
 set(_numerics -fno-fast-math -ffp-contract=off)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND _numerics -march=x86-64-v2)  # popcnt: bits of cells are counted everywhere
+endif()
 
 set(_cpp "${CMAKE_CURRENT_SOURCE_DIR}/cpp")
 file(GLOB _core_sources CONFIGURE_DEPENDS
@@ -19,6 +22,7 @@ set_target_properties(louver_core PROPERTIES CXX_VISIBILITY_PRESET hidden)
 # for that set in the library (HACKING.md, "Add a kernel").
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_compile_definitions(louver_core PRIVATE LOUVER_X86)
+  set_source_files_properties("${_cpp}/src/kernels/avx2.cpp" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
   # (GCC 12 warns of its own intrinsics: bug 105593.)
   set_source_files_properties("${_cpp}/src/kernels/avx512.cpp" PROPERTIES COMPILE_OPTIONS
     "-Wno-maybe-uninitialized;-Wno-uninitialized;-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mprefer-vector-width=512")

@@ -17,7 +17,7 @@ from louver_llama import _core
 core = _core.testing
 
 ISAS: list[str] = _core.available_isas()
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 BLOCK = 64
 UNIT = 2.0**-24  # half an ulp of 1 in float32
 LOG2E = math.log2(math.e)
@@ -60,12 +60,15 @@ def store(x: Float, dtype: str) -> NDArray[np.uint8]:
         bits = x.view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16).view(np.uint8)
-    assert dtype == "q8_0"
+    most = {"q8_0": 127, "q4_0": 7}[dtype]
     groups = x.reshape(*x.shape[:-1], -1, 32)
-    scale = (np.abs(groups).max(-1, keepdims=True) / 127).astype(np.float16)
+    scale = (np.abs(groups).max(-1, keepdims=True) / most).astype(np.float16)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         levels = np.nan_to_num(np.round(groups / scale.astype(np.float32)))
-    levels = np.clip(levels, -127, 127).astype(np.int8)
+    levels = np.clip(levels, -most, most).astype(np.int8)
+    if dtype == "q4_0":
+        nibbles = (levels + 8).view(np.uint8)
+        levels = (nibbles[..., :16] | nibbles[..., 16:] << 4).view(np.int8)
     packed = np.concatenate([scale.view(np.uint8), levels.view(np.uint8)], axis=-1)
     return packed.reshape(*x.shape[:-1], -1)
 
@@ -79,9 +82,12 @@ def load(data: NDArray[np.uint8], dtype: str) -> Float:
         return data.view(np.float16).astype(np.float32)
     if dtype == "bf16":
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    groups = data.reshape(*data.shape[:-1], -1, 34)
+    groups = data.reshape(*data.shape[:-1], -1, {"q8_0": 34, "q4_0": 18}[dtype])
     scale = np.ascontiguousarray(groups[..., :2]).view(np.float16).astype(np.float32)
     levels = np.ascontiguousarray(groups[..., 2:]).view(np.int8)
+    if dtype == "q4_0":
+        nibbles = levels.view(np.uint8)
+        levels = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).view(np.int8) - np.int8(8)
     return (scale * levels).reshape(*data.shape[:-1], -1)
 
 

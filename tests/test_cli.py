@@ -156,7 +156,7 @@ def test_conversation_of_one_turn(model_path: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["run | info | demo"]),
+        ([], ["run | bench | info | demo"]),
         (["fly"], ["fly"]),
         (["run"], ["prompt"]),
         (["run", "-p", ""], ["prompt"]),

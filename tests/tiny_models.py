@@ -1,7 +1,7 @@
 """Tiny GGUF models with random weights: real llama.cpp graphs at a thousandth of a real model's cost.
 
-They have no tokenizer, so only the low-level API can use them. Weights are scaled so that attention is
-concentrated on few cells, as in a real model, and so that logits are finite.
+Without ``tokenizer`` they have none, and only the low-level API can use them. Weights are scaled so that
+attention is concentrated on few cells, as in a real model, and so that logits are finite.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ N_VOCAB = 100
 N_LAYER = 2
 N_EMBD = 64
 N_FF = 64
+# One token for each printable ASCII character, the line break and the space, as sentencepiece spells that.
+CHARACTERS = [*map(chr, range(ord("!"), ord("~") + 1)), "\n", "\u2581"]
 SHARPNESS = 8.0  # the standard deviation of scores q.k / sqrt(head_dim)
 
 
@@ -41,7 +43,15 @@ class Heads:
 class _Weights:
     """Collects tensors for one file. Shapes are given as numpy sees them: rows first."""
 
-    def __init__(self, path: Path, arch: str, heads: Heads, dtype: type = np.float16, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        arch: str,
+        heads: Heads,
+        dtype: type = np.float16,
+        seed: int = 0,
+        tokenizer: bool = False,
+    ) -> None:
         self.path = path
         self.writer = gguf.GGUFWriter(path, arch)
         self.dtype = dtype
@@ -59,7 +69,20 @@ class _Weights:
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_layer_norm_eps(1e-5)
         writer.add_vocab_size(N_VOCAB)
-        writer.add_tokenizer_model("no_vocab")
+        if tokenizer:
+            self.tokenizer()
+        else:
+            writer.add_tokenizer_model("no_vocab")
+
+    def tokenizer(self) -> None:
+        special = ["<unk>", "<s>", "</s>"]
+        tokens = [*special, *CHARACTERS]
+        tokens += [f"<unused{i}>" for i in range(N_VOCAB - len(tokens))]
+        self.writer.add_tokenizer_model("llama")
+        self.writer.add_token_list(tokens)
+        self.writer.add_token_scores([0.0] * N_VOCAB)
+        types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2]
+        self.writer.add_token_types(types + [gguf.TokenType.NORMAL] * (N_VOCAB - len(types)))
 
     def draw(self, *shape: int, scale: float) -> np.ndarray:
         return self.random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
@@ -120,9 +143,10 @@ def llama(
     dtype: type = np.float16,
     seed: int = 0,
     edit: dict[str, Callable[[np.ndarray], None]] | None = None,
+    tokenizer: bool = False,
 ) -> Path:
     """Write a model of the llama family, which Louver serves; ``edit`` changes tensors by name, in place."""
-    weights = _Weights(path, "llama", heads, dtype, seed)
+    weights = _Weights(path, "llama", heads, dtype, seed, tokenizer)
     weights.edit = edit or {}
     weights.writer.add_rope_dimension_count(heads.head_dim)
     weights.embeddings()
@@ -136,10 +160,10 @@ def llama(
     return weights.write()
 
 
-def gemma(path: Path, *, soft_cap: bool, window: int) -> Path:
+def gemma(path: Path, *, soft_cap: bool, window: int, tokenizer: bool = False) -> Path:
     """Write a gemma2 (with soft-capping) or a gemma3 (without): first layer a sliding window, second full."""
     heads = Heads()
-    weights = _Weights(path, "gemma2" if soft_cap else "gemma3", heads)
+    weights = _Weights(path, "gemma2" if soft_cap else "gemma3", heads, tokenizer=tokenizer)
     weights.writer.add_rope_dimension_count(heads.head_dim)
     weights.writer.add_sliding_window(window)
     if soft_cap:

@@ -125,6 +125,7 @@ nb::dict stats_dict(const Stats & s) {
     d["attention"] = attention;
     d["reasons"] = reasons;
     d["n_queries"] = s.n_queries;
+    d["heads_uniform"] = s.heads_uniform;
     d["keys_visible"] = s.keys_visible;
     d["keys_scanned"] = s.keys_scanned;
     d["keys_attended"] = s.keys_attended;
@@ -142,8 +143,9 @@ nb::dict stats_dict(const Stats & s) {
 }  // namespace
 
 void bind_runtime(nb::module_ & m) {
-    nb::class_<Runtime>(m, "Runtime",
-                        "Louver's settings, indexes and counts for one llama.cpp context. Must outlive the context.")
+    nb::class_<Runtime> runtime(m, "Runtime",
+                                "Louver's settings, indexes and counts for one llama.cpp context. Must outlive the context.");
+    runtime
         .def(
             "__init__",
             [](Runtime * self, const nb::kwargs & settings) {
@@ -178,6 +180,7 @@ void bind_runtime(nb::module_ & m) {
         .def("reset_stats", &Runtime::reset_stats, "Start all counts anew.")
         .def("set_stale", &Runtime::set_stale, "stale"_a,
              "Negative control of the check, for tests: while stale, writes to the cache do not reach the index.");
+    bind_capture(runtime);
 }
 
 }  // namespace louver

@@ -1,6 +1,5 @@
 // The core on numpy arrays, for the tests: kernels by instruction set, grid index, mass oracle, decode. Sizes are checked,
 // because tests call with arbitrary arrays; whatever a kernel writes lies between guards.
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -21,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "arrays.h"
 #include "attention/scratch.h"
 #include "bindings.h"
 #include "kernels/bounds.h"
@@ -34,15 +34,6 @@ using namespace nb::literals;
 
 namespace louver {
 namespace {
-
-template <class T, int kDims> using In = nb::ndarray<nb::numpy, const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
-template <class T, int kDims> using Out = nb::ndarray<nb::numpy, T, nb::ndim<kDims>>;
-
-void require(bool holds, const std::string & message) {
-    if (!holds) {
-        throw std::invalid_argument(message);
-    }
-}
 
 // An array that a kernel writes, poisoned (a NaN, all bits set) and between two guards.
 template <class T> class Guarded {
@@ -73,20 +64,10 @@ template <class T> class Guarded {
         return std::all_of(bytes + first * sizeof(T), bytes + last * sizeof(T), [](uint8_t byte) { return byte == 0xff; });
     }
 
-    static constexpr size_t kGuard = 32;
+    static constexpr size_t kGuard = 33;  // odd: what a kernel writes is not aligned
     size_t n_;
     std::vector<T> memory_;
 };
-
-DType dtype_named(const std::string & name) {
-    const char * const names[] = {"f32", "f16", "bf16", "q8_0"};
-    for (int i = 0; i < 4; ++i) {
-        if (name == names[i]) {
-            return static_cast<DType>(i);
-        }
-    }
-    throw std::invalid_argument("dtype is \"" + name + "\", accepted are f32, f16, bf16, q8_0");
-}
 
 const Kernels & kernels_of(const std::string & isa) {
     const Kernels * table = kernels_named(isa.c_str());
@@ -101,7 +82,7 @@ class Cache {
 
     Cache(Data data, const std::string & dtype, int dim) : data_(std::move(data)), type_(dtype_named(dtype)), dim_(dim) {
         require(dim >= 1 && dim <= 1024, "Cache: dim is " + std::to_string(dim) + ", accepted are 1 to 1024");
-        require(type_ != DType::q8_0 || dim % 32 == 0, "Cache: dim is no multiple of 32");
+        require((type_ != DType::q8_0 && type_ != DType::q4_0) || dim % 32 == 0, "Cache: dim is no multiple of 32");
         require(data_.shape(1) > 0 && data_.shape(1) % row_bytes(type_, dim) == 0, "Cache: a row does not hold whole heads");
         require(data_.stride(1) == 1, "Cache: the bytes of a row do not lie side by side");
     }
@@ -127,32 +108,64 @@ class Cache {
     int dim_;
 };
 
-Out<float, 2> rows_to_f32(const std::string & isa, const Cache & cache, int head, const std::optional<In<int32_t, 1>> & cells,
-                          const std::optional<In<int32_t, 1>> & ahead) {
-    const size_t n = cells ? cells->shape(0) : static_cast<size_t>(cache.n_cells());
-    Ahead next;
+// The rows that a kernel works on and those that it prefetches: `cells`, or all, of one head.
+struct RowsArgs {
+    Rows rows;
+    const int32_t * cells = nullptr;
+    int n = 0;
+    Ahead ahead;
+};
+
+using Cells = std::optional<In<int32_t, 1>>;
+
+RowsArgs rows_of(const Cache & cache, int head, const Cells & cells, const Cells & ahead) {
+    RowsArgs args;
+    args.rows = cache.rows(head);
+    args.n = static_cast<int>(cache.n_cells());
     if (cells) {
         cache.require_cells(*cells);
+        args.cells = cells->data();
+        args.n = static_cast<int>(cells->shape(0));
     }
     if (ahead) {
         cache.require_cells(*ahead);
-        next = {cache.rows(head), ahead->data(), static_cast<int>(ahead->shape(0))};
+        args.ahead = {args.rows, ahead->data(), static_cast<int>(ahead->shape(0))};
     }
-    const size_t width = static_cast<size_t>(padded(cache.dim()));
-    Guarded<float> out(n * width);
-    kernels_of(isa).rows_to_f32(cache.rows(head), cells ? cells->data() : nullptr, static_cast<int>(n), out.data(), next);
-    return out.to_numpy(n, width);
+    return args;
 }
 
-Out<float, 2> dots(const std::string & isa, const In<float, 2> & query, const In<float, 2> & keys, int64_t out_stride) {
+// Rows padded with zeros.
+Guarded<float> padded_rows(const In<float, 2> & rows) {
+    const size_t n = rows.shape(0);
+    const size_t dim = rows.shape(1);
+    const size_t width = static_cast<size_t>(padded(static_cast<int>(dim)));
+    Guarded<float> out(n * width);
+    std::fill_n(out.data(), n * width, 0.0f);
+    for (size_t i = 0; i < n; ++i) {
+        std::copy_n(rows.data() + i * dim, dim, out.data() + i * width);
+    }
+    return out;
+}
+
+Out<float, 2> rows_to_f32(const std::string & isa, const Cache & cache, int head, const Cells & cells) {
+    const RowsArgs keys = rows_of(cache, head, cells, {});
+    const int width = padded(cache.dim());
+    Guarded<float> out(static_cast<size_t>(keys.n) * static_cast<size_t>(width));
+    kernels_of(isa).rows_to_f32(keys.rows, keys.cells, keys.n, out.data());
+    return out.to_numpy(keys.n, width);
+}
+
+Out<float, 2> dots(const std::string & isa, const In<float, 2> & query, const Cache & cache, int head, const Cells & cells,
+                   const Cells & ahead, int64_t gap) {
+    const RowsArgs keys = rows_of(cache, head, cells, ahead);
     const size_t n_query = query.shape(0);
-    const size_t n = keys.shape(0);
-    const size_t width = query.shape(1);
-    require(width == keys.shape(1) && width > 0 && width % 16 == 0, "dots: rows of different or of no padded width");
-    require(out_stride >= static_cast<int64_t>(n), "dots: out_stride is less than n");
+    require(query.shape(1) == static_cast<size_t>(cache.dim()), "dots: query and keys are of different dim");
+    require(gap >= 0, "dots: gap is negative");
+    Guarded<float> padded_query = padded_rows(query);
+    const int64_t out_stride = keys.n + gap;
     Guarded<float> out(n_query * static_cast<size_t>(out_stride));
-    kernels_of(isa).dots(query.data(), static_cast<int>(n_query), keys.data(), static_cast<int>(n), static_cast<int>(width),
-                         out.data(), out_stride);
+    kernels_of(isa).dots(padded_query.data(), static_cast<int>(n_query), keys.rows, keys.cells, keys.n, out.data(), out_stride,
+                         keys.ahead);
     return out.to_numpy(n_query, out_stride);
 }
 
@@ -167,60 +180,50 @@ std::tuple<Out<float, 1>, float> exp2_sum(const std::string & isa, const In<floa
     return {out.to_numpy(x.shape(0)), sum};
 }
 
-Out<float, 2> accumulate(const std::string & isa, const In<float, 2> & weight, const In<float, 1> & rescale,
-                         const In<float, 2> & values, const In<float, 2> & acc) {
+Out<float, 2> accumulate(const std::string & isa, const In<float, 2> & weight, const In<float, 1> & rescale, const Cache & cache,
+                         const In<float, 2> & acc, int head, const Cells & cells, const Cells & ahead) {
+    const RowsArgs values = rows_of(cache, head, cells, ahead);
     const size_t n_query = weight.shape(0);
-    const size_t width = values.shape(1);
-    require(weight.shape(1) >= values.shape(0), "accumulate: fewer weights than values");
+    require(weight.shape(1) >= static_cast<size_t>(values.n), "accumulate: fewer weights than values");
     require(rescale.shape(0) == n_query && acc.shape(0) == n_query,
             "accumulate: weight, rescale and acc are of different n_query");
-    require(acc.shape(1) == width && width > 0 && width % 16 == 0, "accumulate: rows of different or of no padded width");
-    Guarded<float> out(acc.data(), n_query * width);
+    require(acc.shape(1) == static_cast<size_t>(cache.dim()), "accumulate: values and acc are of different dim");
+    Guarded<float> out = padded_rows(acc);
     kernels_of(isa).accumulate(weight.data(), static_cast<int64_t>(weight.shape(1)), rescale.data(), static_cast<int>(n_query),
-                               values.data(), static_cast<int>(values.shape(0)), static_cast<int>(width), out.data());
-    return out.to_numpy(n_query, width);
+                               values.rows, values.cells, values.n, out.data(), values.ahead);
+    return out.to_numpy(n_query, padded(cache.dim()));
 }
 
 using Scanned = std::tuple<Out<float, 2>, Out<float, 2>, Out<double, 1>, Out<double, 2>>;
 
-Scanned scan(const std::string & isa, const GridIndex & index, const In<uint64_t, 1> & cells, const In<float, 2> & query,
+Scanned scan(const std::string & isa, const GridIndex & index, const In<uint64_t, 2> & cells, const In<float, 2> & query,
              const In<float, 1> & query_norm, const In<float, 1> & reference, const In<float, 1> & candidate, float to_log2,
              bool certified, int first) {
-    constexpr int64_t kGap = 16;
+    constexpr int64_t kGap = 17;
     const size_t n_query = query.shape(0);
-    const size_t n_blocks = cells.shape(0);
-    const size_t dim = static_cast<size_t>(index.key_dim());
-    const size_t width = static_cast<size_t>(padded(index.key_dim()));
-    require(first >= 0 && static_cast<int64_t>(n_blocks) + first <= index.n_blocks(),
-            "scan: blocks that the index does not have");
-    require(query.shape(1) == dim, "scan: query and index are of different key_dim");
+    const int n_blocks = static_cast<int>(cells.shape(1));
+    require(first >= 0 && n_blocks + first <= index.n_blocks(), "scan: blocks that the index does not have");
+    require(query.shape(1) == static_cast<size_t>(index.key_dim()), "scan: query and index are of different key_dim");
+    require(cells.shape(0) == 1 || cells.shape(0) == n_query, "scan: cells are neither for all nor for each query");
     require(query_norm.shape(0) == n_query && reference.shape(0) == n_query,
             "scan: query, query_norm, reference of different size");
-    require(candidate.shape(0) == kCandidates, "scan: candidate has not 8 elements");
-    for (size_t b = 0; b < n_blocks; ++b) {
-        const uint64_t indexed = index.indexed(first + static_cast<int>(b));
-        require((cells.data()[b] & ~indexed) == 0, "scan: cells that are not indexed");
-    }
-    std::vector<float> padded_query(n_query * width);
-    for (size_t h = 0; h < n_query; ++h) {
-        std::copy_n(query.data() + h * dim, dim, padded_query.data() + h * width);
+    require(candidate.shape(0) == kCandidates, "scan: candidate has not 16 elements");
+    for (size_t i = 0; i < cells.size(); ++i) {
+        const uint64_t indexed = index.indexed(first + static_cast<int>(i) % n_blocks);
+        require((cells.data()[i] & ~indexed) == 0, "scan: cells that are not indexed");
     }
 
     ScanArgs args{};
     args.weight_stride = static_cast<int64_t>(n_blocks) * kBlockCells + kGap;
     args.slack_stride = static_cast<int64_t>(n_blocks) + 1;
+    Guarded<float> padded_query = padded_rows(query);
     Guarded<float> weight(n_query * static_cast<size_t>(args.weight_stride));
     Guarded<float> slack(n_query * static_cast<size_t>(args.slack_stride));
     Guarded<double> lower(n_query);
     Guarded<double> below(n_query * kCandidates);
     std::fill_n(lower.data(), n_query, 0.0);
     std::fill_n(below.data(), n_query * kCandidates, 0.0);
-    args.codes = index.codes(first);
-    args.center = index.center(first);
-    args.step = index.step(first);
-    args.bounds = index.bounds(first);
-    args.cells = cells.data();
-    args.n_blocks = static_cast<int>(n_blocks);
+    args.cells_stride = cells.shape(0) == 1 ? 0 : n_blocks;
     args.dim = index.key_dim();
     args.n_query = static_cast<int>(n_query);
     args.query = padded_query.data();
@@ -229,11 +232,20 @@ Scanned scan(const std::string & isa, const GridIndex & index, const In<uint64_t
     args.certified = certified;
     args.reference = reference.data();
     args.candidate = candidate.data();
-    args.weight = weight.data();
-    args.slack = slack.data();
     args.lower = lower.data();
     args.below = below.data();
-    kernels_of(isa).scan(args);
+    for (int b = 0; b < n_blocks; b += kMaxRun) {
+        args.n_blocks = std::min(n_blocks - b, kMaxRun);
+        args.codes = index.codes(first + b);
+        args.next_codes = b + kMaxRun < n_blocks ? index.codes(first + b + kMaxRun) : nullptr;
+        args.center = index.center(first + b);
+        args.step = index.step(first + b);
+        args.bounds = index.bounds(first + b);
+        args.cells = cells.data() + b;
+        args.weight = weight.data() + static_cast<int64_t>(b) * kBlockCells;
+        args.slack = slack.data() + b;
+        kernels_of(isa).scan(args);
+    }
     return {weight.to_numpy(n_query, args.weight_stride), slack.to_numpy(n_query, args.slack_stride), lower.to_numpy(n_query),
             below.to_numpy(n_query, kCandidates)};
 }
@@ -242,31 +254,34 @@ Out<double, 1> sums_below(const std::string & isa, const In<float, 1> & weight, 
                           const In<double, 1> & below) {
     require(weight.shape(0) % 64 == 0, "sums_below: n is no multiple of 64");
     require(candidate.shape(0) == kCandidates && below.shape(0) == kCandidates,
-            "sums_below: candidate or below has not 8 elements");
+            "sums_below: candidate or below has not 16 elements");
     Guarded<double> out(below.data(), kCandidates);
     kernels_of(isa).sums_below(weight.data(), static_cast<int64_t>(weight.shape(0)), candidate.data(), out.data());
     return out.to_numpy(kCandidates);
 }
 
-Out<uint64_t, 1> select(const std::string & isa, const In<float, 2> & weight, const In<float, 1> & threshold,
-                        const In<uint64_t, 1> & kept) {
-    require(weight.shape(1) >= kept.shape(0) * kBlockCells, "select: fewer weights than cells");
-    require(threshold.shape(0) == weight.shape(0), "select: weight and threshold are of different n_query");
-    Guarded<uint64_t> out(kept.data(), kept.shape(0));
-    kernels_of(isa).select(weight.data(), static_cast<int64_t>(weight.shape(1)), threshold.data(),
-                           static_cast<int>(weight.shape(0)), static_cast<int>(kept.shape(0)), out.data());
-    return out.to_numpy(kept.shape(0));
-}
-
-Out<float, 2> dropped_sums(const std::string & isa, const In<float, 2> & weight, const In<uint64_t, 1> & kept,
-                           int64_t out_stride) {
+std::tuple<Out<uint64_t, 1>, Out<float, 2>> select(const std::string & isa, const In<float, 2> & weight,
+                                                   const In<float, 1> & threshold, const In<uint64_t, 1> & kept,
+                                                   const In<uint64_t, 1> & visible) {
     const size_t n_query = weight.shape(0);
-    require(weight.shape(1) >= kept.shape(0) * kBlockCells, "dropped_sums: fewer weights than cells");
-    require(out_stride >= static_cast<int64_t>(kept.shape(0)), "dropped_sums: out_stride is less than n_blocks");
-    Guarded<float> out(n_query * static_cast<size_t>(out_stride));
-    kernels_of(isa).dropped_sums(weight.data(), static_cast<int64_t>(weight.shape(1)), static_cast<int>(n_query), kept.data(),
-                                 static_cast<int>(kept.shape(0)), out.data(), out_stride);
-    return out.to_numpy(n_query, out_stride);
+    const size_t n_blocks = kept.shape(0);
+    require(weight.shape(1) >= n_blocks * kBlockCells, "select: fewer weights than cells");
+    require(threshold.shape(0) == n_query, "select: weight and threshold are of different n_query");
+    require(visible.shape(0) == n_blocks, "select: kept and visible are of different n_blocks");
+    Guarded<uint64_t> kept_after(kept.data(), n_blocks);
+    SelectArgs args{};
+    args.weight = weight.data();
+    args.weight_stride = static_cast<int64_t>(weight.shape(1));
+    args.threshold = threshold.data();
+    args.n_query = static_cast<int>(n_query);
+    args.n_blocks = static_cast<int>(n_blocks);
+    args.visible = visible.data();
+    args.kept = kept_after.data();
+    args.dropped_stride = args.n_blocks + 1;
+    Guarded<float> dropped(n_query * static_cast<size_t>(args.dropped_stride));
+    args.dropped = dropped.data();
+    kernels_of(isa).select(args);
+    return {kept_after.to_numpy(n_blocks), dropped.to_numpy(n_query, args.dropped_stride)};
 }
 
 std::tuple<Out<uint64_t, 1>, bool> mask_to_bits(const std::string & isa, const In<uint16_t, 1> & mask) {
@@ -302,7 +317,7 @@ Out<float, 1> bf16_row(const uint16_t * row, int n) {
     Guarded<float> out(static_cast<size_t>(n));
     const Rows rows{reinterpret_cast<const std::byte *>(row), 0, n, DType::bf16};
     std::vector<float> widened(static_cast<size_t>(padded(n)));
-    kernels_of("scalar").rows_to_f32(rows, nullptr, 1, widened.data(), {});
+    kernels_of("scalar").rows_to_f32(rows, nullptr, 1, widened.data());
     std::copy_n(widened.data(), n, out.data());
     return out.to_numpy(n);
 }
@@ -320,7 +335,7 @@ Out<uint8_t, 2> codes(const GridIndex & index, int block) {
 }
 
 Sums sums_of(const In<double, 1> & below) {
-    require(below.shape(0) == kOracleCandidates, "below has not 8 elements");
+    require(below.shape(0) == kOracleCandidates, "below has not 16 elements");
     Sums sums;
     std::copy_n(below.data(), sums.size(), sums.begin());
     return sums;
@@ -330,7 +345,7 @@ Out<float, 1> candidates(const Candidates & c) { return Guarded<float>(c.data(),
 
 struct Decoded {
     Outcome outcome = Outcome::done;
-    Out<float, 2> output;
+    Out<float, 3> output;
     std::vector<HeadCertificate> certificates;
     CheckCounts checked;
 };
@@ -339,13 +354,16 @@ struct FreeAligned {
     void operator()(std::byte * p) const { std::free(p); }
 };
 
-Decoded run_decode(const In<float, 2> & query, const Cache & keys, const Cache & values,
-                   const std::vector<const GridIndex *> & index, const In<bool, 1> & visible, float scale,
-                   const DecodeSettings & settings, int n_threads) {
-    const size_t n_head = query.shape(0);
+Decoded run_decode(const In<float, 3> & query, const Cache & keys, const Cache & values,
+                   const std::vector<const GridIndex *> & index, const In<bool, 2> & visible, float scale,
+                   const DecodeSettings & settings, const std::vector<bool> & attend_all, int n_threads) {
+    const size_t n_token = query.shape(0);
+    const size_t n_head = query.shape(1);
     const size_t n_head_kv = static_cast<size_t>(keys.n_head());
-    const int64_t n_kv = static_cast<int64_t>(visible.shape(0));
-    require(query.shape(1) == static_cast<size_t>(keys.dim()), "decode: query and keys are of different key_dim");
+    const int64_t n_kv = static_cast<int64_t>(visible.shape(1));
+    require(query.shape(2) == static_cast<size_t>(keys.dim()), "decode: query and keys are of different key_dim");
+    require(n_token > 0 && visible.shape(0) == n_token, "decode: query and visible are of different n_token");
+    require(attend_all.empty() || attend_all.size() == n_head_kv, "decode: attend_all is not one for each KV head");
     require(values.n_head() == keys.n_head(), "decode: keys and values are of different n_head_kv");
     require(n_head > 0 && n_head % n_head_kv == 0, "decode: n_head is no multiple of n_head_kv");
     require(n_kv <= keys.n_cells() && n_kv <= values.n_cells(), "decode: visible is longer than the cache");
@@ -366,28 +384,38 @@ Decoded run_decode(const In<float, 2> & query, const Cache & keys, const Cache &
         key_rows.push_back(keys.rows(h));
         value_rows.push_back(values.rows(h));
     }
-    std::vector<uint64_t> bits(static_cast<size_t>(n_blocks_for(n_kv)));
-    for (size_t i = 0; i < visible.shape(0); ++i) {
-        bits[i / kBlockCells] |= static_cast<uint64_t>(visible.data()[i]) << (i % kBlockCells);
+    const size_t n_blocks = static_cast<size_t>(n_blocks_for(n_kv));
+    std::vector<uint64_t> bits(n_token * n_blocks);
+    for (size_t t = 0; t < n_token; ++t) {
+        for (size_t i = 0; i < visible.shape(1); ++i) {
+            const bool seen = visible.data()[t * visible.shape(1) + i];
+            bits[t * n_blocks + i / kBlockCells] |= static_cast<uint64_t>(seen) << (i % kBlockCells);
+        }
     }
+    const std::vector<uint8_t> all(attend_all.begin(), attend_all.end());
     const size_t value_dim = static_cast<size_t>(values.dim());
     const size_t output_stride = value_dim + 7;
-    Guarded<float> output(n_head * output_stride);
-    std::vector<HeadCertificate> certificates(n_head);
+    const size_t n_rows = n_token * n_head;
+    Guarded<float> output(n_rows * output_stride);
+    std::vector<HeadCertificate> certificates(n_rows);
     std::vector<CheckCounts> checked(static_cast<size_t>(n_threads));
 
     DecodeTask task;
+    task.n_token = static_cast<int>(n_token);
     task.n_head = static_cast<int>(n_head);
     task.n_head_kv = keys.n_head();
     task.n_kv = n_kv;
     task.scale = scale;
     task.query = reinterpret_cast<const std::byte *>(query.data());
-    task.query_stride = static_cast<int64_t>(query.shape(1) * sizeof(float));
+    task.query_token_stride = static_cast<int64_t>(n_head * query.shape(2) * sizeof(float));
+    task.query_stride = static_cast<int64_t>(query.shape(2) * sizeof(float));
     task.keys = key_rows.data();
     task.values = value_rows.data();
     task.index = index.data();
+    task.attend_all = all.empty() ? nullptr : all.data();
     task.visible = bits.data();
     task.output = reinterpret_cast<std::byte *>(output.data());
+    task.output_token_stride = static_cast<int64_t>(n_head * output_stride * sizeof(float));
     task.output_stride = static_cast<int64_t>(output_stride * sizeof(float));
     task.certificates = certificates.data();
     task.checked = checked.data();
@@ -395,7 +423,7 @@ Decoded run_decode(const In<float, 2> & query, const Cache & keys, const Cache &
 
     // Scratch comes with whatever an earlier op left: huge floats here (3.4e38), and a guard behind.
     constexpr size_t kGuard = 256;
-    const size_t needed = decode_scratch_bytes(task.n_head, task.n_head_kv, n_kv, keys.dim(), values.dim(), n_threads);
+    const size_t needed = decode_scratch_bytes(task.n_token, task.n_head, task.n_head_kv, n_kv, keys.dim(), values.dim(), n_threads);
     const size_t size = (needed + kGuard + 63) / 64 * 64;
     const std::unique_ptr<std::byte, FreeAligned> scratch(static_cast<std::byte *>(std::aligned_alloc(64, size)));
     std::memset(scratch.get(), 0x7f, size);
@@ -428,13 +456,13 @@ Decoded run_decode(const In<float, 2> & query, const Cache & keys, const Cache &
           "decode wrote beyond its scratch");
     check(std::all_of(outcomes.begin(), outcomes.end(), [&](Outcome o) { return o == outcomes[0]; }),
           "threads differ in the outcome");
-    Guarded<float> dense(n_head * value_dim);
-    for (size_t h = 0; h < n_head; ++h) {
+    Guarded<float> dense(n_rows * value_dim);
+    for (size_t h = 0; h < n_rows; ++h) {
         check(output.untouched(h * output_stride + value_dim, (h + 1) * output_stride), "decode wrote between the output's rows");
         std::copy_n(output.data() + h * output_stride, value_dim, dense.data() + h * value_dim);
     }
-    output.to_numpy(n_head * output_stride);  // looks at the guards
-    Decoded result{outcomes[0], dense.to_numpy(n_head, value_dim), certificates, {}};
+    output.to_numpy(n_rows * output_stride);  // looks at the guards
+    Decoded result{outcomes[0], dense.to_numpy(n_token, n_head, value_dim), certificates, {}};
     for (const CheckCounts & one : checked) {
         result.checked += one;
     }
@@ -445,33 +473,41 @@ void bind_kernels(nb::module_ & m) {
     m.attr("WEIGHT_ERROR") = kWeightError;
     m.attr("MIN_LOG2") = kMinLog2;
     m.attr("TINY_SCALED_QUERY") = kTinyScaledQuery;
+    m.attr("MAX_QUERY_NORM") = kMaxQueryNorm;
     m.attr("NORM_INFLATION") = kNormInflation;
+    m.attr("CHORD_EXCESS") = kChordExcess;
+    m.attr("CANDIDATES") = kCandidates;
+    m.attr("MAX_RUN") = kMaxRun;
+    m.attr("SAMPLE_STEP") = kSampleStep;
     m.attr("CHUNK_BLOCKS") = kChunkBlocks;
-    m.def("lower_factor", &lower_factor, "slack"_a, "At most 2^(-2 slack).");
-    m.def("rows_to_f32", &rows_to_f32, "isa"_a, "cache"_a, "head"_a = 0, "cells"_a = nb::none(), "ahead"_a = nb::none(),
-          "Rows of one head, (n, padded dim) float32: those of `cells` (n,) int32, or all. `ahead` (any,) int32: rows to "
-          "prefetch.");
-    m.def(
-        "dots", &dots, "isa"_a, "query"_a, "keys"_a, "out_stride"_a,
-        "(n_query, out_stride) float32, NaN from column n on. query (n_query, width), keys (n, width) float32; width % 16 == 0.");
+    m.def("sampled_cell", &sampled_cell, "block"_a, "The first of the cells that are sampled of a run's block.");
+    m.def("lower_factor", &lower_factor, "slack"_a, "At most 2^(-2 slack) / CHORD_EXCESS.");
+    m.def("rows_to_f32", &rows_to_f32, "isa"_a, "cache"_a, "head"_a = 0, "cells"_a = nb::none(),
+          "Rows of one head, (n, padded dim) float32: those of `cells` (n,) int32, or all.");
+    m.def("dots", &dots, "isa"_a, "query"_a, "keys"_a, "head"_a = 0, "cells"_a = nb::none(), "ahead"_a = nb::none(), "gap"_a = 0,
+          "(n_query, n + gap) float32, NaN from column n on. query (n_query, dim) float32; `cells` (n,) int32, or all; `ahead` "
+          "(any,) int32: rows to prefetch.");
     m.def("largest", &largest, "isa"_a, "x"_a, "The largest of x, (n,) float32, n >= 1; NaN if one is.");
     m.def("exp2_sum", &exp2_sum, "isa"_a, "x"_a, "scale"_a, "shift"_a, "2^(x * scale - shift) of x, (n,) float32, and the sum.");
-    m.def("accumulate", &accumulate, "isa"_a, "weight"_a, "rescale"_a, "values"_a, "acc"_a,
-          "acc * rescale + weight @ values, (n_query, width) float32. weight (n_query, stride >= n), rescale (n_query,), "
-          "values (n, width), acc (n_query, width), all float32; width % 16 == 0.");
+    m.def(
+        "accumulate", &accumulate, "isa"_a, "weight"_a, "rescale"_a, "values"_a, "acc"_a, "head"_a = 0, "cells"_a = nb::none(),
+        "ahead"_a = nb::none(),
+        "acc * rescale + weight @ values, (n_query, padded dim) float32. weight (n_query, stride >= n), rescale (n_query,), acc "
+        "(n_query, dim), all float32; `cells` and `ahead` as of dots.");
     m.def(
         "scan", &scan, "isa"_a, "index"_a, "cells"_a, "query"_a, "query_norm"_a, "reference"_a, "candidate"_a, "to_log2"_a,
         "certified"_a = true, "first"_a = 0,
-        "Weights (n_query, n_blocks * 64 + 16), slacks (n_query, n_blocks + 1) float32, NaN beyond the blocks; lower (n_query,), "
-        "below (n_query, 8) float64. Blocks `first` on; cells (n_blocks,) uint64 bits; query (n_query, key_dim), query_norm and "
-        "reference (n_query,), candidate (8,) float32.");
+        "Weights (n_query, n_blocks * 64 + 17), slacks (n_query, n_blocks + 1) float32, NaN beyond the blocks; lower (n_query,), "
+        "below (n_query, 16) float64. Blocks `first` on, in runs of MAX_RUN; cells (1 or n_query, n_blocks) uint64 bits; query "
+        "(n_query, key_dim), query_norm and reference (n_query,), candidate (16,) float32.");
     m.def("sums_below", &sums_below, "isa"_a, "weight"_a, "candidate"_a, "below"_a,
-          "below (8,) float64 plus the sums of weight (n,) float32 under each candidate (8,) float32; n % 64 == 0.");
-    m.def("select", &select, "isa"_a, "weight"_a, "threshold"_a, "kept"_a,
-          "kept (n_blocks,) uint64 with the cells whose weight (n_query, stride) float32 reaches threshold (n_query,) float32.");
+          "below (16,) float64 plus the sums of weight (n,) float32 under each candidate (16,) float32; n % 64 == 0.");
     m.def(
-        "dropped_sums", &dropped_sums, "isa"_a, "weight"_a, "kept"_a, "out_stride"_a,
-        "(n_query, out_stride) float32, NaN beyond the blocks: sums of weight (n_query, stride) not in kept (n_blocks,) uint64.");
+        "select", &select, "isa"_a, "weight"_a, "threshold"_a, "kept"_a, "visible"_a,
+        "kept (n_blocks,) uint64 with the cells whose weight (n_query, stride) float32 reaches threshold (n_query,) float32, of "
+        "those in visible (n_blocks,) uint64; and (n_query, n_blocks + 1) float32, NaN beyond the blocks: the sums of the "
+        "weights "
+        "not kept.");
     m.def("mask_to_bits", &mask_to_bits, "isa"_a, "mask"_a,
           "Bits (ceil(n / 64),) uint64 of a float16 mask given as (n,) uint16, and whether all entries are 0 or -inf.");
 }
@@ -479,7 +515,7 @@ void bind_kernels(nb::module_ & m) {
 void bind_index(nb::module_ & m) {
     nb::class_<Cache>(m, "Cache", "K or V of a layer: a row per cell, all heads side by side. Keeps the array, copies nothing.")
         .def(nb::init<Cache::Data, const std::string &, int>(), "data"_a.noconvert(), "dtype"_a, "dim"_a,
-             "data: (n_cells, n_head * bytes of a head's row) uint8, rows any distance apart. dtype: f32, f16, bf16 or q8_0.")
+             "data: (n_cells, n_head * bytes of a head's row) uint8, rows any distance apart. dtype: f32, f16, bf16, q8_0 or q4_0.")
         .def_prop_ro("n_cells", &Cache::n_cells)
         .def_prop_ro("n_head", &Cache::n_head)
         .def_prop_ro("dim", &Cache::dim);
@@ -543,12 +579,7 @@ void bind_index(nb::module_ & m) {
 }
 
 void bind_oracle(nb::module_ & m) {
-    nb::class_<MassOracle::Bracket>(m, "Bracket", "What the first pass leaves: a sure threshold, and those of the second pass.")
-        .def_ro("sure", &MassOracle::Bracket::sure)
-        .def_prop_ro(
-            "fine", [](const MassOracle::Bracket & self) { return candidates(self.fine); }, nb::rv_policy::automatic);
-
-    nb::class_<MassOracle>(m, "MassOracle", "The mass oracle (louver/mass_oracle.h).")
+    nb::class_<MassOracle>(m, "MassOracle", "The mass oracle (louver/mass_oracle.h). Sums: (16,) float64.")
         .def(
             "__init__",
             [](MassOracle * self, double epsilon, int64_t n_scanned) {
@@ -558,17 +589,28 @@ void bind_oracle(nb::module_ & m) {
             "epsilon"_a, "n_scanned"_a)
         .def_prop_ro(
             "coarse", [](const MassOracle & self) { return candidates(self.coarse()); }, nb::rv_policy::automatic,
-            "(8,) float32, rising.")
+            "(16,) float32, rising.")
         .def(
-            "narrow",
-            [](const MassOracle & self, const In<double, 1> & below, double lower) { return self.narrow(sums_of(below), lower); },
-            "below"_a, "lower"_a, "below: (8,) float64, the sums of the weights under each coarse threshold.")
+            "guess",
+            [](const MassOracle & self, const In<double, 1> & below, double lower) { return self.guess(sums_of(below), lower); },
+            "below"_a, "lower"_a, "below: the sums of the weights under each coarse threshold.")
+        .def("satisfies", &MassOracle::satisfies, "dropped"_a, "lower"_a)
+        .def("is_open", &MassOracle::is_open, "guess"_a)
         .def(
-            "threshold",
-            [](const MassOracle & self, const MassOracle::Bracket & bracket, const In<double, 1> & below, double lower) {
-                return self.threshold(bracket, sums_of(below), lower);
+            "fine",
+            [](const MassOracle & self, float guess, bool too_much, double lower) {
+                return candidates(self.fine(guess, too_much, lower));
             },
-            "bracket"_a, "below"_a, "lower"_a, "below: (8,) float64, the sums of the weights under each fine threshold.");
+            "guess"_a, "too_much"_a, "lower"_a, "(16,) float32, rising.")
+        .def(
+            "refined",
+            [](const MassOracle & self, const In<float, 1> & fine, const In<double, 1> & below, double lower) {
+                require(fine.shape(0) == kOracleCandidates, "fine has not 16 elements");
+                Candidates c;
+                std::copy_n(fine.data(), c.size(), c.begin());
+                return self.refined(c, sums_of(below), lower);
+            },
+            "fine"_a, "below"_a, "lower"_a, "below: the sums of the weights under each fine threshold.");
     m.def("dropped_share", &dropped_share, "dropped"_a, "kept"_a, "Upper bound on the dropped share of the mass.");
 }
 
@@ -591,14 +633,14 @@ void bind_decode(nb::module_ & m) {
             nb::sig("def outcome(self) -> str"), "done or not_finite.")
         .def_prop_ro(
             "output", [](const Decoded & d) { return d.output; }, nb::rv_policy::automatic,
-            "(n_head, value_dim) float32; NaN where not written.")
-        .def_ro("certificates", &Decoded::certificates, "One for each head.")
+            "(n_token, n_head, value_dim) float32; NaN where not written.")
+        .def_ro("certificates", &Decoded::certificates, "One for each head of the first token, then of the next.")
         .def_ro("checked", &Decoded::checked);
     m.def(
         "decode",
-        [](const In<float, 2> & query, const Cache & keys, const Cache & values, const std::vector<const GridIndex *> & index,
-           const In<bool, 1> & visible, float scale, double epsilon, bool certified, bool compensate, int sinks, int recent,
-           bool check, int n_threads) {
+        [](const In<float, 3> & query, const Cache & keys, const Cache & values, const std::vector<const GridIndex *> & index,
+           const In<bool, 2> & visible, float scale, double epsilon, bool certified, bool compensate, int sinks, int recent,
+           bool check, const std::vector<bool> & attend_all, int n_threads) {
             DecodeSettings settings;
             settings.epsilon = epsilon;
             settings.certified = certified;
@@ -606,13 +648,14 @@ void bind_decode(nb::module_ & m) {
             settings.sinks = sinks;
             settings.recent = recent;
             settings.check = check;
-            return run_decode(query, keys, values, index, visible, scale, settings, n_threads);
+            return run_decode(query, keys, values, index, visible, scale, settings, attend_all, n_threads);
         },
         "query"_a, "keys"_a, "values"_a, "index"_a, "visible"_a, "scale"_a, nb::kw_only(), "epsilon"_a = 0.05,
-        "certified"_a = true, "compensate"_a = true, "sinks"_a = 4, "recent"_a = 64, "check"_a = false, "n_threads"_a = 1,
-        "One decode step by a team of threads, on the active instruction set. query: (n_head, key_dim) float32. index: one for "
-        "each "
-        "KV head; may be empty where epsilon is 0. visible: (n_kv,) bool.");
+        "certified"_a = true, "compensate"_a = true, "sinks"_a = 4, "recent"_a = 64, "check"_a = false,
+        "attend_all"_a = std::vector<bool>(), "n_threads"_a = 1,
+        "One decode step by a team of threads, on the active instruction set. query: (n_token, n_head, key_dim) float32. index: "
+        "one for each KV head; may be empty where epsilon is 0. visible: (n_token, n_kv) bool. attend_all: for each KV head "
+        "whether it is not scanned; may be empty.");
 }
 
 }  // namespace
@@ -626,6 +669,7 @@ void bind_testing(nb::module_ & m) {
     bind_index(testing);
     bind_oracle(testing);
     bind_decode(testing);
+    bind_benchmark(testing);
 }
 
 }  // namespace louver

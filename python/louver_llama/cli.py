@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .cli_options import add_demo_options, add_info_options, add_run_options
+from .cli_options import add_bench_options, add_demo_options, add_info_options, add_run_options
 from .errors import LibraryMismatchError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 2 after one line about bad input, 130 after Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(given, argparse.Namespace(arguments=given))
         return _command(options.command)(options)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -41,6 +42,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .cli_run import run
 
         return run
+    if name == "bench":
+        from .bench import bench
+
+        return bench
     if name == "info":
         from .cli_info import info
 
@@ -73,10 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | info | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | bench | info | demo")
 
     text = "generate text; the text goes to stdout, all else to stderr"
     add_run_options(commands.add_parser("run", help=text, description=text, allow_abbrev=False))
+    text = "time stock attention, our dense attention and Louver in turn; the results go to stdout"
+    add_bench_options(commands.add_parser("bench", help=text, description=text, allow_abbrev=False))
     text = "tell what is installed, what this machine has, and what Louver does with a model"
     add_info_options(commands.add_parser("info", help=text, description=text, allow_abbrev=False))
     text = (

@@ -14,12 +14,11 @@ from .llama import Llama
 
 SERVED = (
     "decode steps of up to 16 tokens, of one or several sequences, with flash attention",
-    "caches of type f16, bf16, f32 and q8_0; any head dim; any number of query heads per KV head",
+    "caches of type f16, bf16, f32, q8_0 and q4_0; any head dim; any number of query heads per KV head",
 )
 LEFT_TO_STOCK = {
     "prefill": "batches of more than 16 tokens: stock's tiled kernel is made for them",
     "disabled": "LouverConfig(enabled=False), on the command line --no-louver",
-    "below_min_context": "contexts so short that dense attention is as fast",
     "sliding_window": "caches that hold a window only, which is short",
     "alibi": "the mask holds slopes, which the bounds do not cover",
     "soft_cap": "capped logits, which the bounds do not cover",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
 from .config import LouverConfig
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # ggml_type
+CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # ggml_type
 ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2}  # llama_rope_scaling_type
+CONTENDERS = ("stock", "dense", "louver")  # of the benchmark, in the order in which they take turns
 
 
 def louver_config(options: argparse.Namespace) -> LouverConfig:
@@ -25,6 +26,20 @@ def threads(options: argparse.Namespace) -> tuple[int, int]:
     """What -t and -tb say; without them every processor that this process may use."""
     n_threads = options.threads if options.threads > 0 else len(os.sched_getaffinity(0))
     return n_threads, options.threads_batch if options.threads_batch > 0 else n_threads
+
+
+def rope_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the RoPE options say, as arguments of ``Llama``."""
+    return {
+        "rope_scaling_type": ROPE_SCALINGS.get(options.rope_scaling, -1),
+        "rope_freq_base": options.rope_freq_base,
+        "rope_freq_scale": 1 / options.rope_scale if options.rope_scale else options.rope_freq_scale,
+        "yarn_orig_ctx": options.yarn_orig_ctx,
+        "yarn_ext_factor": options.yarn_ext_factor,
+        "yarn_attn_factor": options.yarn_attn_factor,
+        "yarn_beta_slow": options.yarn_beta_slow,
+        "yarn_beta_fast": options.yarn_beta_fast,
+    }
 
 
 def add_info_options(info: argparse.ArgumentParser) -> None:
@@ -45,13 +60,52 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     _add_prompt(run)
     _add_context(run)
     _add_sampling(run)
-    _add_rope(run)
+    add_rope(run)
     _add_louver(run)
     run.add_argument("--no-louver", dest="enabled", action="store_false", help="stock attention only")
     run.add_argument(
         "--check", action="store_true", help="brute force beside every step, for the stats; slow"
     )
     run.add_argument("--stats", metavar="FNAME", help="write louver_stats() to this file, as JSON")
+
+
+def add_bench_options(bench: argparse.ArgumentParser) -> None:
+    """Give ``bench`` its options; N,... is a comma list, and every combination is measured."""
+    _values(bench, "-m --model", str, None, "GGUF files (default: SmolLM2-135M-Instruct)", "FNAME,...")
+    _values(bench, "-d --n-depth", _integer(0), [0, 2048, 8192], "tokens in the cache before a test")
+    _values(bench, "-n --n-gen", _integer(0), [32], "tokens to decode, 0 for no such test")
+    _values(bench, "-p --n-prompt", _integer(0), [0], "tokens to read in one batch, 0 for no such test")
+    _values(bench, "-t --threads", _integer(1), None, "threads (default: all processors)")
+    text = "types of the cached keys (default: f16)"
+    _values(bench, "-ctk --cache-type-k", _one_of(CACHE_TYPES), ["f16"], text, "TYPE,...")
+    text = "types of the cached values (default: each that of the keys)"
+    _values(bench, "-ctv --cache-type-v", _one_of(CACHE_TYPES), None, text, "TYPE,...")
+    _value(bench, "-r --repetitions", _integer(1), 3, "samples of each test and contender, taken in turn")
+    _value(bench, "-b --batch-size", _integer(1), 2048, "logical batch")
+    _value(bench, "-ub --ubatch-size", _integer(1), 512, "physical batch")
+    bench.add_argument("--swa-full", action="store_true", help="full-size caches for sliding-window layers")
+    text = "what is measured in turn (default: stock,dense,louver; louver once per epsilon)"
+    _values(bench, "--contenders", _one_of(CONTENDERS), list(CONTENDERS), text, "NAME,...")
+    bench.add_argument(
+        "--quality",
+        metavar="STEPS",
+        type=_integer(1),
+        nargs="?",
+        const=64,
+        help="also compare next-token distributions with those of stock on an F16 cache (STEPS: 64)",
+    )
+    bench.add_argument("--text", metavar="FNAME", help="text to read (default: Python's language reference)")
+    bench.add_argument("--state-dir", metavar="DIR", help="keep filled caches here for the next run")
+    formats = ("md", "csv", "json", "jsonl")
+    bench.add_argument("-o", "--output", choices=formats, default="md", help="format (default: md)")
+    bench.add_argument("--plot", metavar="FNAME.png", help="draw time per token against depth")
+    bench.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress on stderr (default: where that is a terminal)",
+    )
+    add_rope(bench)
+    _add_louver(bench, epsilons=True)
 
 
 def _add_prompt(run: argparse.ArgumentParser) -> None:
@@ -106,7 +160,7 @@ def _add_sampling(run: argparse.ArgumentParser) -> None:
     grammar.add_argument("--grammar-file", metavar="FNAME", help="file with such a grammar")
 
 
-def _add_rope(run: argparse.ArgumentParser) -> None:
+def add_rope(run: argparse.ArgumentParser) -> None:
     group = run.add_argument_group("RoPE")
     group.add_argument("--rope-scaling", choices=ROPE_SCALINGS, help="(default: the model's)")
     _value(group, "--rope-scale", _number(0), 0.0, "extends the context by this factor, 0 for the model's")
@@ -119,11 +173,15 @@ def _add_rope(run: argparse.ArgumentParser) -> None:
     _value(group, "--yarn-beta-fast", _number(), 32.0, "low correction dim")
 
 
-def _add_louver(parser: argparse.ArgumentParser) -> None:
+def _add_louver(parser: argparse.ArgumentParser, *, epsilons: bool = False) -> None:
     group = parser.add_argument_group("Louver")
     default = LouverConfig()
-    _value(group, "--epsilon", float, default.epsilon, "bound on the softmax mass dropped; 0 is dense")
-    _value(group, "--min-context", int, default.min_context, "cells below which stock attends")
+    text = "bound on the softmax mass dropped; 0 is dense"
+    if epsilons:
+        _values(group, "--epsilon", float, [default.epsilon], text)
+    else:
+        _value(group, "--epsilon", float, default.epsilon, text)
+    _value(group, "--min-context", int, default.min_context, "cells below which all are attended")
     _value(group, "--sinks", int, default.sinks, "first cells, always attended")
     _value(group, "--recent", int, default.recent, "newest cells, always attended")
     guarantees = ("certified", "estimated")
@@ -135,6 +193,38 @@ def _add_louver(parser: argparse.ArgumentParser) -> None:
 def _value(parser: Any, flags: str, kind: Callable[[str], object], default: object, text: str) -> None:
     help_text = f"{text} (default: %(default)s)"
     parser.add_argument(*flags.split(), metavar="N", type=kind, default=default, help=help_text)
+
+
+def _values(
+    parser: Any,
+    flags: str,
+    kind: Callable[[str], Any],
+    default: list[Any] | None,
+    text: str,
+    metavar: str = "N,...",
+) -> None:
+    if "(default" not in text:
+        text = f"{text} (default: {','.join(map(str, default or []))})"
+    parser.add_argument(*flags.split(), metavar=metavar, type=_list(kind), default=default, help=text)
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def values(text: str) -> list[Any]:
+        try:
+            return list(dict.fromkeys(kind(item) for item in text.split(",")))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers with commas between, not {text!r}") from None
+
+    return values
+
+
+def _one_of(names: Iterable[str]) -> Callable[[str], str]:
+    def name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(names)}, not {text!r}")
+        return text
+
+    return name
 
 
 def _integer(least: int) -> Callable[[str], int]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ._libraries import llama_cpp
 from .chat import chat_tokens, is_end
-from .cli_options import CACHE_TYPES, ROPE_SCALINGS, louver_config, threads
+from .cli_options import CACHE_TYPES, louver_config, rope_settings, threads
 from .llama import Llama
 from .models import default_model_path
 from .prefill import prefill
@@ -176,8 +176,6 @@ def _load(options: argparse.Namespace, console: Console) -> Llama:
         path = default_model_path()
         console.print(f"no -m given: using the default model {Path(path).name}", style="dim")
     n_threads, n_threads_batch = threads(options)
-    if options.rope_scale:
-        options.rope_freq_scale = 1 / options.rope_scale
     return Llama(
         path,
         louver=louver_config(options),
@@ -193,13 +191,6 @@ def _load(options: argparse.Namespace, console: Console) -> Llama:
         use_mmap=not options.no_mmap,
         use_mlock=options.mlock,
         seed=options.seed if options.seed >= 0 else llama_cpp.LLAMA_DEFAULT_SEED,
-        rope_scaling_type=ROPE_SCALINGS.get(options.rope_scaling, -1),
-        rope_freq_base=options.rope_freq_base,
-        rope_freq_scale=options.rope_freq_scale,
-        yarn_orig_ctx=options.yarn_orig_ctx,
-        yarn_ext_factor=options.yarn_ext_factor,
-        yarn_attn_factor=options.yarn_attn_factor,
-        yarn_beta_slow=options.yarn_beta_slow,
-        yarn_beta_fast=options.yarn_beta_fast,
+        **rope_settings(options),
         verbose=options.verbose,
     )

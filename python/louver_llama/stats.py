@@ -59,6 +59,7 @@ class LouverStats(TypedDict):
     attention: dict[str, int]
     reasons: dict[str, dict[str, int]]
     n_queries: int
+    heads_uniform: int  # of n_queries: attended to all keys without a scan, because that was cheaper
     keys_visible: int
     keys_scanned: int
     keys_attended: int

@@ -1,4 +1,4 @@
-// Attention of one query token over one layer's cache: select by the mass oracle, attend exactly to the survivors,
+// Attention of a few query tokens over one layer's cache: select by the mass oracle, attend exactly to the survivors,
 // compensate for the rest, certify. Run by a team of threads; knows no engine.
 #pragma once
 
@@ -44,20 +44,36 @@ struct CheckCounts {
     }
 };
 
+// Nanoseconds of one thread by phase.
+struct PhaseTimes {
+    int64_t begin = 0;   // queries, references
+    int64_t scan = 0;    // upper bounds of all scores, and the sample of the oracle
+    int64_t select = 0;  // threshold, survivors, what is dropped
+    int64_t attend = 0;  // exact attention and compensation
+    int64_t combine = 0;
+    int64_t wait = 0;  // for other threads, at any barrier
+};
+
+// The tokens share one scan and one gather of the survivors: they should see much the same cells.
 struct DecodeTask {
+    int n_token = 1;
     int n_head = 0;
     int n_head_kv = 0;
     int64_t n_kv = 0;
     float scale = 1;                    // of q.k, > 0
-    const std::byte * query = nullptr;  // float32 [n_head][key_dim], heads query_stride bytes apart
+    const std::byte * query = nullptr;  // float32 [n_token][n_head][key_dim], the strides in bytes
+    int64_t query_token_stride = 0;
     int64_t query_stride = 0;
     const Rows * keys = nullptr;                // [n_head_kv]
     const Rows * values = nullptr;              // [n_head_kv]
     const GridIndex * const * index = nullptr;  // [n_head_kv]; not read where epsilon is 0
-    const uint64_t * visible = nullptr;         // [n_blocks_for(n_kv)] bit per cell
-    std::byte * output = nullptr;               // float32 [n_head][value_dim], heads output_stride bytes apart
+    const uint8_t * attend_all = nullptr;       // [n_head_kv] not 0: the KV head is not scanned, all of it is attended. Or null
+    const uint64_t * visible = nullptr;         // [n_token][n_blocks_for(n_kv)] bit per cell
+    std::byte * output = nullptr;               // float32 [n_token][n_head][value_dim], the strides in bytes
+    int64_t output_token_stride = 0;
     int64_t output_stride = 0;
-    HeadCertificate * certificates = nullptr;  // [n_head], out
+    HeadCertificate * certificates = nullptr;  // [n_token][n_head], out
+    PhaseTimes * times = nullptr;              // [team size], out: each thread adds its own. Or null
     CheckCounts * checked = nullptr;           // [team size], out: each thread adds its own where settings.check
     DecodeSettings settings;
 
@@ -84,7 +100,7 @@ enum class Outcome {
 };
 
 // Bytes of scratch, 64-byte aligned, that decode() needs for such a task and team.
-size_t decode_scratch_bytes(int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int team_size);
+size_t decode_scratch_bytes(int n_token, int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int team_size);
 
 // Every thread of the team returns the same outcome. On return the other threads may still be writing the output and the
 // certificates, and reading the scratch: a barrier belongs between a call and whatever uses either.

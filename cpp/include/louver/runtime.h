@@ -10,13 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "louver/capture.h"
 #include "louver/decode.h"
-
-#if defined(__GNUC__)
-#define LOUVER_API __attribute__((visibility("default")))
-#else
-#define LOUVER_API
-#endif
+#include "louver/export.h"
 
 namespace louver {
 
@@ -43,7 +39,7 @@ LOUVER_API void attach();
 
 struct RuntimeConfig {
     DecodeSettings decode;
-    int64_t min_context = 1024;  // with fewer visible cells, stock's dense attention is as fast
+    int64_t min_context = 1024;  // with fewer visible cells, our own dense attention runs
     bool enabled = true;
     int64_t n_ctx = 0;  // cells per stream of the context's full cache; smaller caches are sliding windows. 0: unknown
 };
@@ -85,6 +81,7 @@ struct Stats {
     std::array<int64_t, 3> attention{};  // by Path: attention computed, one per (layer, query token)
     std::array<std::array<int64_t, static_cast<size_t>(Reason::count)>, 3> reasons{};  // by Path
     int64_t n_queries = 0;  // (layer, token, query head) on the louver and dense paths; the next are sums over those
+    int64_t heads_uniform = 0;  // of the louver path: attended to all keys without a scan, because that is cheaper
     int64_t keys_visible = 0;
     int64_t keys_scanned = 0;
     int64_t keys_attended = 0;
@@ -127,6 +124,8 @@ class LOUVER_API Runtime {
     void set_stale(bool stale);
     bool stale() const { return stale_; }
 
+    Capture & capture() { return capture_; }
+
     // For the adapter.
     void count(Path path, Reason reason, int64_t n);
     void add(const Stats & part);
@@ -136,6 +135,7 @@ class LOUVER_API Runtime {
     RuntimeConfig config_;
     Stats stats_;
     bool stale_ = false;
+    Capture capture_;
 };
 
 }  // namespace louver

@@ -10,16 +10,21 @@ namespace louver {
 // Cells of one block: the unit of the index (docs/index.md).
 inline constexpr int kBlockCells = 64;
 
-// How a row of keys or values is stored in the cache. q8_0 is ggml's: 32 int8 after one float16 scale.
-enum class DType : uint8_t { f32, f16, bf16, q8_0 };
+// The largest head dimension.
+inline constexpr int kMaxDim = 1024;
 
-// Bytes of a row of n elements. n is a multiple of 32 for q8_0.
+// How a row of keys or values is stored in the cache. q8_0 and q4_0 are ggml's: one float16 scale, then 32 int8, or 16 bytes with
+// elements 0 to 15 in the low and 16 to 31 in the high halves, 8 more than they mean.
+enum class DType : uint8_t { f32, f16, bf16, q8_0, q4_0 };
+
+// Bytes of a row of n elements. n is a multiple of 32 for q8_0 and q4_0.
 [[gnu::always_inline]] constexpr size_t row_bytes(DType type, int64_t n) {
     switch (type) {
         case DType::f32: return static_cast<size_t>(n) * 4;
         case DType::f16:
         case DType::bf16: return static_cast<size_t>(n) * 2;
         case DType::q8_0: return static_cast<size_t>(n) / 32 * 34;
+        case DType::q4_0: return static_cast<size_t>(n) / 32 * 18;
     }
     return 0;
 }

@@ -4,8 +4,12 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
+#include "attention/certificate.h"
+#include "attention/lap.h"
 #include "attention/scratch.h"
+#include "attention/visible.h"
 #include "kernels/bounds.h"
 #include "kernels/kernels.h"
 
@@ -15,86 +19,77 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2E = 1.4426950408889634;
 
-// The reference of a head is the largest exact score of a few cells that tend to weigh much.
+// The reference of a query is the largest exact score of a few cells that tend to weigh much.
 constexpr int kProbesFirst = 4;
 constexpr int kProbesLast = 12;
 
-// 2^-slack: from a cell's upper weight to its estimated one. Taylor in the denominator; only compensation uses it.
-float estimate_factor(float slack) {
-    const float y = slack * 0.6931472f;
-    return 1.0f / (1.0f + y * (1.0f + y * (0.5f + y * (1.0f / 6.0f))));
-}
+// With fewer chunks for each thread smaller ones are dealt, with fewer blocks dense attention deals blocks and heads.
+constexpr int kChunksPerThread = 4;
+constexpr int kFewBlocks = 8;
 
-// How far float32 may be from the exact score of a key of that norm, in log2 units.
-double score_error(float query_norm, float key_norm, int dim, double to_log2) {
-    return (2.0 * dim + 16.0) * kUnit * query_norm * key_norm * to_log2;
-}
-
-// Cells before `first_end` and from `last_begin` on are always attended.
-struct Always {
-    int64_t first_end;
-    int64_t last_begin;
-
-    uint64_t of_block(int block) const {
-        const int64_t start = static_cast<int64_t>(block) * kBlockCells;
-        return below(first_end - start) | ~below(last_begin - start);
+// From blocks' sums of upper weights to estimated ones: 2^-slack, and what the chord lies above 2^x on average. Taylor in the
+// denominator; only compensation uses it.
+void estimate(const float * upper, const float * slack, int n, float * out) {
+    for (int i = 0; i < n; ++i) {
+        const float y = slack[i] * 0.6931472f;
+        out[i] = upper[i] / (kMeanChordExcess * (1.0f + y * (1.0f + y * (0.5f + y * (1.0f / 6.0f)))));
     }
-
-  private:
-    static uint64_t below(int64_t n) { return n <= 0 ? 0 : n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
-};
+}
 
 class Decoder {
   public:
     Decoder(const DecodeTask & task, const Team & team, void * memory)
         : t_(task),
           team_(team),
-          s_(static_cast<std::byte *>(memory), task.n_head, task.n_head_kv, task.n_kv, task.keys[0].dim, task.values[0].dim,
-             team.rank, team.size),
+          s_(static_cast<std::byte *>(memory),
+             {task.n_token, task.n_head, task.n_head_kv, task.n_kv, task.keys[0].dim, task.values[0].dim}, team.rank, team.size),
           k_(kernels()),
           dense_(task.settings.epsilon <= 0),
           gqa_(task.n_gqa()),
+          n_group_(task.n_token * gqa_),
+          n_query_(task.n_token * task.n_head),
           key_width_(padded(task.keys[0].dim)),
           value_width_(padded(task.values[0].dim)),
-          to_log2_(static_cast<double>(task.scale) * kLog2E) {}
+          chunk_(std::clamp(s_.n_blocks / (kChunksPerThread * team.size), 1, kChunkBlocks)),
+          to_log2_(static_cast<double>(task.scale) * kLog2E),
+          lap_(task.times != nullptr ? task.times + team.rank : nullptr) {}
 
     Outcome run() {
-        count_visible();
         begin();
-        team_.barrier();
-        if (!failed() && !dense_) {
-            const MassOracle oracle(t_.settings.epsilon, n_visible_);
-            for_each_chunk([&](int first, int count) { scan_chunk(oracle, first, count); });
-            team_.barrier();
-            narrow(oracle);
-            for_each_chunk([&](int first, int count) { refine_chunk(first, count); });
-            team_.barrier();
-            choose(oracle);
+        barrier(&PhaseTimes::begin);
+        if (!dense_ && !failed()) {
+            select();
         }
         if (!failed()) {
-            for_each_chunk([&](int first, int count) { dense_ ? attend_all(first, count) : attend_survivors(first, count); });
+            dense_ ? attend_all() : attend_survivors();
             report_finite();
         }
-        team_.barrier();
+        barrier(&PhaseTimes::attend);
         if (failed()) {
             return Outcome::not_finite;
         }
-        for (int h = team_.rank; h < t_.n_head; h += team_.size) {
-            combine(h);
+        for (int q = team_.rank; q < n_query_; q += team_.size) {
+            combine(q);
         }
         if (t_.settings.check) {
             t_.checked[team_.rank] += checked_;
         }
+        lap_.mark(&PhaseTimes::combine);
         return Outcome::done;
     }
 
   private:
     template <class F> void for_each_chunk(F && f) const {
-        const int n_chunks = (s_.n_blocks + kChunkBlocks - 1) / kChunkBlocks;
-        for (int chunk = team_.rank; chunk < n_chunks; chunk += team_.size) {
-            const int first = chunk * kChunkBlocks;
-            f(first, std::min(kChunkBlocks, s_.n_blocks - first));
+        for (int first = team_.rank * chunk_; first < s_.n_blocks; first += team_.size * chunk_) {
+            f(first, std::min(chunk_, s_.n_blocks - first));
         }
+    }
+
+    // phase: what the time since the last barrier went into.
+    void barrier(int64_t PhaseTimes::* phase) {
+        lap_.mark(phase);
+        team_.barrier();
+        lap_.mark(&PhaseTimes::wait);
     }
 
     void fail() { s_.not_finite[team_.rank] = 1; }
@@ -102,182 +97,217 @@ class Decoder {
         return std::any_of(s_.not_finite, s_.not_finite + team_.size, [](int32_t raised) { return raised != 0; });
     }
 
-    const float * query(int h) const { return s_.query + static_cast<size_t>(h) * static_cast<size_t>(key_width_); }
-    float * weight(int h) const { return s_.weight + h * s_.weight_stride; }
-    float * slack(int h) const { return s_.slack + static_cast<size_t>(h) * static_cast<size_t>(s_.n_blocks); }
-    size_t slot(int rank, int h) const {
-        return static_cast<size_t>(rank) * static_cast<size_t>(t_.n_head) + static_cast<size_t>(h);
-    }
-    Partial & partial(int rank, int h) const { return s_.partial[slot(rank, h)]; }
-    Partial & mine(int h) const { return partial(team_.rank, h); }
-    float * output(int rank, int h) const { return s_.output + slot(rank, h) * static_cast<size_t>(value_width_); }
-    uint64_t * kept_of(int kv_head) const { return s_.kept + kv_head * kChunkBlocks; }
-    uint64_t indexed(int kv_head, int block) const { return t_.visible[block] & t_.index[kv_head]->indexed(block); }
+    // Queries are numbered [n_head_kv][n_token][n_gqa].
+    int group_of(int q) const { return q / n_group_; }
+    int token_of(int q) const { return q % n_group_ / gqa_; }
+    int head_of(int q) const { return group_of(q) * gqa_ + q % gqa_; }
+    bool all_of(int kv_head) const { return t_.attend_all != nullptr && t_.attend_all[kv_head] != 0; }
 
-    // Which cells the settings keep whatever their score, from the first and the last visible ones.
-    void count_visible() {
-        n_visible_ = 0;
-        for (int b = 0; b < s_.n_blocks; ++b) {
-            n_visible_ += std::popcount(t_.visible[b]);
-        }
-        always_ = {nth_visible(t_.settings.sinks), nth_visible_from_end(t_.settings.recent)};
+    const float * query(int q) const { return s_.query + static_cast<size_t>(q) * static_cast<size_t>(key_width_); }
+    float * weight(int q, int block) const { return s_.weight + q * s_.weight_stride + static_cast<int64_t>(block) * kBlockCells; }
+    float * slack(int q, int block) const { return s_.slack + static_cast<size_t>(q) * static_cast<size_t>(s_.n_blocks) + block; }
+    float * dropped(int q, int block) const { return s_.dropped + static_cast<size_t>(q) * static_cast<size_t>(s_.n_blocks) + block; }
+    uint64_t * kept(int kv_head, int block) const {
+        return s_.kept + static_cast<size_t>(kv_head) * static_cast<size_t>(s_.n_blocks) + block;
     }
-    // One past the n-th visible cell, 0 for n = 0.
-    int64_t nth_visible(int n) const {
-        for (int b = 0; n > 0 && b < s_.n_blocks; ++b) {
-            for (uint64_t left = t_.visible[b]; left != 0; left &= left - 1) {
-                if (--n == 0) {
-                    return static_cast<int64_t>(b) * kBlockCells + std::countr_zero(left) + 1;
-                }
+    size_t slot(int rank, int q) const {
+        return static_cast<size_t>(rank) * static_cast<size_t>(n_query_) + static_cast<size_t>(q);
+    }
+    size_t mine(int q) const { return slot(team_.rank, q); }
+    Partial & partial(int q) const { return s_.partial[mine(q)]; }
+    float * output(int rank, int q) const { return s_.output + slot(rank, q) * static_cast<size_t>(value_width_); }
+    double over_team(const double * part, int q) const {
+        double sum = 0;
+        for (int rank = 0; rank < team_.size; ++rank) {
+            sum += part[slot(rank, q)];
+        }
+        return sum;
+    }
+    Sums below_over_team(int q) const {
+        Sums sums{};
+        for (int rank = 0; rank < team_.size; ++rank) {
+            for (size_t j = 0; j < sums.size(); ++j) {
+                sums[j] += s_.below[slot(rank, q)][j];
             }
         }
-        return n > 0 ? t_.n_kv : 0;
+        return sums;
     }
-    // The n-th visible cell from the end, n_kv for n = 0.
-    int64_t nth_visible_from_end(int n) const {
-        if (n == 0) {
-            return std::numeric_limits<int64_t>::max();
+
+    Visible visible(int token) const { return {t_.visible + static_cast<int64_t>(token) * s_.n_blocks, t_.n_kv}; }
+    // What any of the tokens sees.
+    uint64_t visible_to_any(int block) const {
+        uint64_t any = 0;
+        for (int token = 0; token < t_.n_token; ++token) {
+            any |= visible(token)[block];
         }
-        for (int b = s_.n_blocks - 1; b >= 0; --b) {
-            for (uint64_t left = t_.visible[b]; left != 0;) {
-                const int cell = 63 - std::countl_zero(left);
-                if (--n == 0) {
-                    return static_cast<int64_t>(b) * kBlockCells + cell;
-                }
-                left &= ~(uint64_t{1} << cell);
-            }
+        return any;
+    }
+    uint64_t indexed(int kv_head, int block) const { return t_.index[kv_head]->indexed(block); }
+    // Cells that are attended whatever their weight.
+    uint64_t always(int kv_head, int block) const {
+        uint64_t cells = ~indexed(kv_head, block);
+        for (int token = 0; token < t_.n_token; ++token) {
+            cells |= s_.sight[token].always.of_block(block) & visible(token)[block];
         }
-        return 0;
+        return cells;
     }
 
     // Queries, their norms and references, for the KV heads of this thread; clears what this thread sums up.
     void begin() {
+        for (int token = 0; token < t_.n_token; ++token) {
+            const Visible seen = visible(token);
+            s_.sight[token] = {seen.count(), {seen.end_of_first(t_.settings.sinks), seen.begin_of_last(t_.settings.recent)}};
+        }
         s_.not_finite[team_.rank] = 0;
-        for (int h = 0; h < t_.n_head; ++h) {
-            mine(h) = {};
-            mine(h).peak = dense_ ? -kInfinity : 0.0f;
-            std::fill(output(team_.rank, h), output(team_.rank, h) + value_width_, 0.0f);
-            s_.lower[slot(team_.rank, h)] = 0;
-            s_.coarse[slot(team_.rank, h)] = {};
-            s_.fine[slot(team_.rank, h)] = {};
+        for (int q = 0; q < n_query_; ++q) {
+            partial(q) = {};
+            partial(q).peak = dense_ ? -kInfinity : 0.0f;
+            std::fill(output(team_.rank, q), output(team_.rank, q) + value_width_, 0.0f);
+            s_.lower[mine(q)] = 0;
+            s_.upper[mine(q)] = 0;
+            s_.below[mine(q)] = {};
         }
         for (int g = team_.rank; g < t_.n_head_kv; g += team_.size) {
-            for (int h = g * gqa_; h < (g + 1) * gqa_; ++h) {
-                begin_head(h);
+            for (int q = g * n_group_; q < (g + 1) * n_group_; ++q) {
+                begin_query(q);
             }
-            if (!dense_) {
-                set_references(g);
+            for (int token = 0; !dense_ && token < t_.n_token; ++token) {
+                set_references(g, token);
             }
         }
     }
 
-    void begin_head(int h) {
-        float * q = s_.query + static_cast<size_t>(h) * static_cast<size_t>(key_width_);
-        const Rows source = {t_.query + h * t_.query_stride, 0, t_.keys[0].dim, DType::f32};
-        k_.rows_to_f32(source, nullptr, 1, q, {});
+    void begin_query(int q) {
+        float * out = s_.query + static_cast<size_t>(q) * static_cast<size_t>(key_width_);
+        const std::byte * source = t_.query + token_of(q) * t_.query_token_stride + head_of(q) * t_.query_stride;
+        k_.rows_to_f32({source, 0, t_.keys[0].dim, DType::f32}, nullptr, 1, out);
         double squared = 0;
-        for (int c = 0; c < source.dim; ++c) {
-            squared += static_cast<double>(q[c]) * q[c];
+        for (int c = 0; c < key_width_; ++c) {
+            squared += static_cast<double>(out[c]) * out[c];
         }
-        s_.query_norm[h] = static_cast<float>(std::sqrt(squared)) * kNormInflation;
-        s_.reference[h] = 0;
-        if (!std::isfinite(s_.query_norm[h])) {
+        s_.query_norm[q] = static_cast<float>(std::sqrt(squared)) * kNormInflation;
+        s_.reference[q] = 0;
+        if (!(s_.query_norm[q] <= kMaxQueryNorm)) {
             fail();
         }
     }
 
-    void set_references(int kv_head) {
-        int n = 0;
-        for (int b = 0; n < kProbesFirst && b < s_.n_blocks; ++b) {
-            for (uint64_t left = t_.visible[b]; left != 0 && n < kProbesFirst; left &= left - 1) {
-                s_.cells[n++] = b * kBlockCells + std::countr_zero(left);
-            }
-        }
-        const int wanted = n + kProbesLast;
-        for (int b = s_.n_blocks - 1; n < wanted && b >= 0; --b) {
-            for (uint64_t left = t_.visible[b]; left != 0 && n < wanted;) {
-                const int cell = 63 - std::countl_zero(left);
-                s_.cells[n++] = b * kBlockCells + cell;
-                left &= ~(uint64_t{1} << cell);
-            }
-        }
+    void set_references(int kv_head, int token) {
+        int n = visible(token).first(kProbesFirst, s_.cells);
+        n += visible(token).last(kProbesLast, s_.cells + n);
         if (n == 0) {
             return;
         }
-        k_.rows_to_f32(t_.keys[kv_head], s_.cells, n, s_.keys, {});
-        k_.dots(query(kv_head * gqa_), gqa_, s_.keys, n, key_width_, s_.scores, kBlockCells);
+        const int first = kv_head * n_group_ + token * gqa_;
+        k_.dots(query(first), gqa_, t_.keys[kv_head], s_.cells, n, s_.scores, kBlockCells, {});
         for (int j = 0; j < gqa_; ++j) {
             const float peak = k_.largest(s_.scores + j * kBlockCells, n) * static_cast<float>(to_log2_);
-            s_.reference[kv_head * gqa_ + j] = peak;
+            s_.reference[first + j] = peak;
             if (!std::isfinite(peak)) {
                 fail();
             }
         }
     }
 
+    // From the scan to kept() and dropped(), which this thread knows for its own chunks.
+    void select() {
+        int64_t most = 0;
+        for (int token = 0; token < t_.n_token; ++token) {
+            most = std::max(most, s_.sight[token].n_visible);
+        }
+        const MassOracle oracle(t_.settings.epsilon, most);
+        for_each_chunk([&](int first, int count) { scan_chunk(oracle, first, count); });
+        barrier(&PhaseTimes::scan);
+        guess_thresholds(oracle);
+        for_each_chunk([&](int first, int count) {
+            for (int g = 0; g < t_.n_head_kv; ++g) {
+                select_chunk(g, first, count);
+                add_upper(g, first, count);
+            }
+        });
+        barrier(&PhaseTimes::select);
+        verify(oracle);
+        lap_.mark(&PhaseTimes::select);
+    }
+
     void scan_chunk(const MassOracle & oracle, int first, int count) {
-        uint64_t cells[kChunkBlocks];
         for (int g = 0; g < t_.n_head_kv; ++g) {
+            if (all_of(g)) {
+                continue;
+            }
             const GridIndex & index = *t_.index[g];
-            const int h = g * gqa_;
-            int scanned = 0;
-            for (int b = 0; b < count; ++b) {
-                cells[b] = indexed(g, first + b);
-                scanned += std::popcount(cells[b]);
+            const int q0 = g * n_group_;
+            for (int q = 0; q < n_group_; ++q) {
+                for (int b = 0; b < count; ++b) {
+                    const uint64_t cells = visible(q / gqa_)[first + b] & indexed(g, first + b);
+                    s_.scanning[q * kChunkBlocks + b] = cells;
+                    partial(q0 + q).scanned += std::popcount(cells);
+                }
             }
             ScanArgs args{};
             args.codes = index.codes(first);
+            args.next_codes = codes_after(g, first);
             args.center = index.center(first);
             args.step = index.step(first);
             args.bounds = index.bounds(first);
-            args.cells = cells;
+            args.cells = s_.scanning;
+            args.cells_stride = kChunkBlocks;
             args.n_blocks = count;
             args.dim = index.key_dim();
-            args.n_query = gqa_;
-            args.query = query(h);
-            args.query_norm = s_.query_norm + h;
+            args.n_query = n_group_;
+            args.query = query(q0);
+            args.query_norm = s_.query_norm + q0;
             args.to_log2 = static_cast<float>(to_log2_);
             args.certified = t_.settings.certified;
-            args.reference = s_.reference + h;
+            args.reference = s_.reference + q0;
             args.candidate = oracle.coarse().data();
-            args.weight = weight(h) + static_cast<int64_t>(first) * kBlockCells;
+            args.weight = weight(q0, first);
             args.weight_stride = s_.weight_stride;
-            args.slack = slack(h) + first;
+            args.slack = slack(q0, first);
             args.slack_stride = s_.n_blocks;
-            args.lower = s_.lower + slot(team_.rank, h);
-            args.below = s_.coarse[slot(team_.rank, h)].data();
+            args.lower = s_.lower + mine(q0);
+            args.below = s_.below[mine(q0)].data();
             k_.scan(args);
-            for (int j = 0; j < gqa_; ++j) {
-                mine(h + j).scanned += scanned;
-            }
             add_unindexed(g, first, count);
         }
+    }
+
+    // The codes that this thread scans next.
+    const uint8_t * codes_after(int kv_head, int first) const {
+        const int next = first + team_.size * chunk_;
+        if (kv_head + 1 < t_.n_head_kv) {
+            return t_.index[kv_head + 1]->codes(first);
+        }
+        return next < s_.n_blocks ? t_.index[0]->codes(next) : nullptr;
     }
 
     // Visible cells that the index does not cover are attended for sure; their exact weights belong to the lower bound.
     void add_unindexed(int kv_head, int first, int count) {
         uint64_t unindexed[kChunkBlocks];
         for (int b = 0; b < count; ++b) {
-            unindexed[b] = t_.visible[first + b] & ~t_.index[kv_head]->indexed(first + b);
+            unindexed[b] = visible_to_any(first + b) & ~indexed(kv_head, first + b);
         }
-        const int n = list_cells(first, unindexed, count, 0);
+        const int n = list_cells(first, unindexed, count, s_.cells);
         for (int i = 0; i < n; i += kBlockCells) {
             const int tile = std::min(kBlockCells, n - i);
-            k_.rows_to_f32(t_.keys[kv_head], s_.cells + i, tile, s_.keys, {});
-            const float key_norm = largest_norm(tile);
-            const bool usable = std::isfinite(key_norm);  // else narrow() finds the total infinite
-            k_.dots(query(kv_head * gqa_), gqa_, s_.keys, tile, key_width_, s_.scores, kBlockCells);
-            for (int j = 0; j < gqa_; ++j) {
-                const int h = kv_head * gqa_ + j;
-                mine(h).key_norm = std::max(mine(h).key_norm, key_norm);
-                const float sum = k_.exp2_sum(s_.scores + j * kBlockCells, tile, static_cast<float>(to_log2_), s_.reference[h]);
-                const double error = score_error(s_.query_norm[h], key_norm, t_.keys[0].dim, to_log2_);
-                s_.lower[slot(team_.rank, h)] += usable ? sum * std::exp2(-error) : std::numeric_limits<double>::infinity();
+            const int32_t * cells = s_.cells + i;
+            const float key_norm = largest_norm(t_.keys[kv_head], cells, tile);
+            const bool usable = std::isfinite(key_norm);  // else the total becomes infinite
+            k_.dots(query(kv_head * n_group_), n_group_, t_.keys[kv_head], cells, tile, s_.scores, kBlockCells, {});
+            for (int j = 0; j < n_group_; ++j) {
+                const int q = kv_head * n_group_ + j;
+                float * scores = s_.scores + j * kBlockCells;
+                hide(scores, cells, tile, q);
+                partial(q).key_norm = std::max(partial(q).key_norm, key_norm);
+                const float sum = k_.exp2_sum(scores, tile, static_cast<float>(to_log2_), s_.reference[q]);
+                const double error = score_error(s_.query_norm[q], key_norm, t_.keys[0].dim, to_log2_);
+                s_.lower[mine(q)] += usable ? sum * std::exp2(-error) : std::numeric_limits<double>::infinity();
             }
         }
     }
 
-    float largest_norm(int n) const {
+    float largest_norm(const Rows & keys, const int32_t * cells, int n) const {
+        k_.rows_to_f32(keys, cells, n, s_.keys);
         double largest = 0;
         for (int i = 0; i < n; ++i) {
             const float * key = s_.keys + i * key_width_;
@@ -290,298 +320,375 @@ class Decoder {
         return static_cast<float>(std::sqrt(largest)) * kNormInflation;
     }
 
-    // The team's sums of the first pass, to each head's second candidates. Every thread does the same, as in choose().
-    void narrow(const MassOracle & oracle) {
-        for (int h = 0; h < t_.n_head; ++h) {
-            double lower = 0;
-            Sums below{};
-            for (int rank = 0; rank < team_.size; ++rank) {
-                lower += s_.lower[slot(rank, h)];
-                for (size_t j = 0; j < below.size(); ++j) {
-                    below[j] += s_.coarse[slot(rank, h)][j];
-                }
+    // Scores of cells that the query's token does not see become -infinity; returns how many it sees.
+    int hide(float * scores, const int32_t * cells, int n, int q) const {
+        if (t_.n_token == 1) {
+            return n;  // only what it sees is ever listed
+        }
+        int seen = 0;
+        const Visible visible = this->visible(token_of(q));
+        for (int i = 0; i < n; ++i) {
+            const bool sees = (visible[cells[i] / kBlockCells] >> (cells[i] % kBlockCells) & 1) != 0;
+            scores[i] = sees ? scores[i] : -kInfinity;
+            seen += sees;
+        }
+        return seen;
+    }
+
+    // From the team's sums to each query's threshold. Every thread does the same, as in verify().
+    void guess_thresholds(const MassOracle & oracle) {
+        for (int q = 0; q < n_query_; ++q) {
+            Sums below = below_over_team(q);
+            for (double & sum : below) {
+                sum *= kSampleStep;
             }
-            if (!std::isfinite(lower)) {
+            s_.total[q] = over_team(s_.lower, q);
+            if (all_of(group_of(q))) {
+                s_.threshold[q] = 0;
+            } else if (std::isfinite(s_.total[q])) {
+                s_.threshold[q] = oracle.guess(below, s_.total[q]);
+            } else {
                 fail();
             }
-            s_.total[h] = lower;
-            s_.bracket[h] = oracle.narrow(below, lower);
         }
     }
 
-    void refine_chunk(int first, int count) {
-        for (int h = 0; h < t_.n_head; ++h) {
-            k_.sums_below(weight(h) + static_cast<int64_t>(first) * kBlockCells, static_cast<int64_t>(count) * kBlockCells,
-                          s_.bracket[h].fine.data(), s_.fine[slot(team_.rank, h)].data());
+    // The chunk's survivors for one KV head: what any of the group's queries needs, one gather serves all of them.
+    void select_chunk(int kv_head, int first, int count) {
+        uint64_t seen[kChunkBlocks];
+        for (int b = 0; b < count; ++b) {
+            seen[b] = visible_to_any(first + b);
+            *kept(kv_head, first + b) = all_of(kv_head) ? seen[b] : always(kv_head, first + b);
+        }
+        if (all_of(kv_head)) {
+            return;
+        }
+        const int q0 = kv_head * n_group_;
+        SelectArgs args{};
+        args.weight = weight(q0, first);
+        args.weight_stride = s_.weight_stride;
+        args.threshold = s_.threshold + q0;
+        args.n_query = n_group_;
+        args.n_blocks = count;
+        args.visible = seen;
+        args.kept = kept(kv_head, first);
+        args.dropped = dropped(q0, first);
+        args.dropped_stride = s_.n_blocks;
+        k_.select(args);
+    }
+
+    void add_upper(int kv_head, int first, int count) {
+        for (int q = kv_head * n_group_; !all_of(kv_head) && q < (kv_head + 1) * n_group_; ++q) {
+            for (int b = first; b < first + count; ++b) {
+                s_.upper[mine(q)] += *dropped(q, b);
+            }
         }
     }
 
-    void choose(const MassOracle & oracle) {
-        for (int h = 0; h < t_.n_head; ++h) {
-            Sums below{};
-            for (int rank = 0; rank < team_.size; ++rank) {
-                for (size_t j = 0; j < below.size(); ++j) {
-                    below[j] += s_.fine[slot(rank, h)][j];
+    // Where a guess dropped too much, or ended before epsilon did, finer thresholds are tried, with sums over all weights.
+    void verify(const MassOracle & oracle) {
+        const auto exceeds = [&](int q) { return !oracle.satisfies(over_team(s_.upper, q), s_.total[q]); };
+        const auto is_open = [&](int q) { return oracle.is_open(s_.threshold[q]); };
+        const auto fine = [&](int q) { return oracle.fine(s_.threshold[q], exceeds(q) || !is_open(q), s_.total[q]); };
+        bool any = false;
+        for (int q = 0; q < n_query_; ++q) {
+            // A threshold that rises lets the others of its group drop more: then each has to satisfy epsilon by itself.
+            const int q0 = group_of(q) * n_group_;
+            bool group_open = false;
+            for (int other = q0; other < q0 + n_group_; ++other) {
+                group_open = group_open || is_open(other);
+            }
+            s_.refines[q] = !all_of(group_of(q)) && (exceeds(q) || group_open);
+            if (s_.refines[q] != 0) {
+                any = true;
+                const Candidates candidates = fine(q);
+                s_.below[mine(q)] = {};
+                for_each_chunk([&](int first, int count) {
+                    k_.sums_below(weight(q, first), static_cast<int64_t>(count) * kBlockCells, candidates.data(),
+                                  s_.below[mine(q)].data());
+                });
+            }
+        }
+        if (!any) {
+            return;
+        }
+        barrier(&PhaseTimes::select);
+        for (int g = 0; g < t_.n_head_kv; ++g) {
+            bool again = false;
+            for (int q = g * n_group_; q < (g + 1) * n_group_; ++q) {
+                if (s_.refines[q] != 0) {
+                    again = true;
+                    s_.threshold[q] = oracle.refined(fine(q), below_over_team(q), s_.total[q]);
                 }
             }
-            s_.threshold[h] = oracle.threshold(s_.bracket[h], below, s_.total[h]);
+            if (again) {
+                for_each_chunk([&](int first, int count) { select_chunk(g, first, count); });
+            }
         }
-    }
-
-    // The chunk's survivors for one KV head: what any of the group's heads needs, one gather serves all of them.
-    void select_chunk(int kv_head, int first, int count) {
-        uint64_t * kept = kept_of(kv_head);
-        for (int b = 0; b < count; ++b) {
-            kept[b] = always_.of_block(first + b) | ~t_.index[kv_head]->indexed(first + b);
-        }
-        k_.select(weight(kv_head * gqa_) + static_cast<int64_t>(first) * kBlockCells, s_.weight_stride,
-                  s_.threshold + kv_head * gqa_, gqa_, count, kept);
-        for (int b = 0; b < count; ++b) {
-            kept[b] &= t_.visible[first + b];
-        }
-        s_.n_cells[kv_head] = list_cells(first, kept, count, kv_head * kChunkCells);
     }
 
     // Everything visible, block by block: the heads of a row lie side by side, so that memory streams only if all of them are
     // read before the next rows are.
-    void attend_all(int first, int count) {
-        for (int b = first; b < first + count; ++b) {
-            const int32_t * cells = s_.cells + (b - first) % 2 * kBlockCells;
-            const int n = b == first ? list_cells(b, &t_.visible[b], 1, 0) : n_next_;
-            n_next_ = b + 1 < first + count ? list_cells(b + 1, &t_.visible[b + 1], 1, (b + 1 - first) % 2 * kBlockCells) : 0;
-            const int32_t * next = s_.cells + (b + 1 - first) % 2 * kBlockCells;
+    void attend_all() {
+        if (s_.n_blocks < kFewBlocks * team_.size) {
+            attend_few();
+            return;
+        }
+        const auto after = [&](int block) { return (block + 1) % chunk_ == 0 ? block + 1 + (team_.size - 1) * chunk_ : block + 1; };
+        int32_t * cells = s_.cells;
+        int32_t * next = s_.cells + kBlockCells;
+        int block = team_.rank * chunk_;
+        int n = list_visible(block, cells);
+        while (block < s_.n_blocks) {
+            block = after(block);
+            const int n_next = list_visible(block, next);
             for (int g = 0; n > 0 && g < t_.n_head_kv; ++g) {
-                const int begin = n_next_ * g / t_.n_head_kv;
-                const int share = n_next_ * (g + 1) / t_.n_head_kv - begin;
+                const int begin = n_next * g / t_.n_head_kv;
+                const int share = n_next * (g + 1) / t_.n_head_kv - begin;
                 attend_tile(g, cells, n, {all_heads(t_.keys), next + begin, share}, {all_heads(t_.values), next + begin, share});
+            }
+            std::swap(cells, next);
+            n = n_next;
+        }
+    }
+
+    // A short context lies in the caches: its blocks and heads are dealt out one by one, so that every thread has work.
+    void attend_few() {
+        for (int unit = team_.rank; unit < s_.n_blocks * t_.n_head_kv; unit += team_.size) {
+            const int n = list_visible(unit / t_.n_head_kv, s_.cells);
+            if (n > 0) {
+                attend_tile(unit % t_.n_head_kv, s_.cells, n, {}, {});
             }
         }
     }
 
+    // Lists what any token sees of a block, nothing behind the last one.
+    int list_visible(int block, int32_t * cells) const {
+        const uint64_t seen = block < s_.n_blocks ? visible_to_any(block) : 0;
+        return list_cells(block, &seen, seen != 0, cells);
+    }
+
     Rows all_heads(const Rows * rows) const { return {rows[0].base, rows[0].stride, rows[0].dim * t_.n_head_kv, rows[0].type}; }
 
-    // The cells of the bits of `count` blocks from `first` on, to s_.cells from `at` on; returns how many.
-    int list_cells(int first, const uint64_t * bits, int count, int at) {
+    // Lists the cells of the bits of `count` blocks from `first` on; returns how many.
+    static int list_cells(int first, const uint64_t * bits, int count, int32_t * cells) {
         int n = 0;
         for (int b = 0; b < count; ++b) {
             for (uint64_t left = bits[b]; left != 0; left &= left - 1) {
-                s_.cells[at + n++] = (first + b) * kBlockCells + std::countr_zero(left);
+                cells[n++] = (first + b) * kBlockCells + std::countr_zero(left);
             }
         }
         return n;
     }
 
-    void attend_survivors(int first, int count) {
+    // The survivors of a chunk, listed for each KV head.
+    struct Survivors {
+        int32_t * n;      // [n_head_kv]
+        int32_t * cells;  // [n_head_kv][kChunkCells]
+    };
+    void list_survivors(int first, const Survivors & survivors) const {
         for (int g = 0; g < t_.n_head_kv; ++g) {
-            select_chunk(g, first, count);
-        }
-        // Survivors lie scattered: each gather asks memory for the rows of the next one, whichever head's they are.
-        Tile tile = next_tile({-1, 0, 0});
-        while (tile.kv_head < t_.n_head_kv) {
-            const Tile next = next_tile(tile);
-            const int32_t * cells = cells_of(tile);
-            const bool last = next.kv_head == t_.n_head_kv;
-            attend_tile(tile.kv_head, cells, tile.n, {t_.values[tile.kv_head], cells, tile.n},
-                        last ? Ahead{} : Ahead{t_.keys[next.kv_head], cells_of(next), next.n});
-            tile = next;
-        }
-        for (int g = 0; g < t_.n_head_kv; ++g) {
-            account_dropped(g, first, count);
-            if (t_.settings.check) {
-                check_chunk(g, first, count, kept_of(g));
-            }
+            const int count = std::clamp(s_.n_blocks - first, 0, chunk_);
+            survivors.n[g] = count > 0 ? list_cells(first, kept(g, first), count, survivors.cells + g * kChunkCells) : 0;
         }
     }
-
-    // Up to 64 survivors of one KV head's list.
+    // Up to 64 survivors of one KV head.
     struct Tile {
         int kv_head;
         int start;
         int n;
+        const int32_t * cells;
     };
     // The tile after `tile`, of the same head or the next with any survivors; kv_head is n_head_kv after the last one.
-    Tile next_tile(const Tile & tile) const {
+    Tile next_tile(const Survivors & survivors, const Tile & tile) const {
         int g = tile.kv_head;
         int start = tile.start + tile.n;
-        while (g < 0 || (g < t_.n_head_kv && start >= s_.n_cells[g])) {
+        while (g < 0 || (g < t_.n_head_kv && start >= survivors.n[g])) {
             ++g;
             start = 0;
         }
-        return {g, start, g < t_.n_head_kv ? std::min(kBlockCells, s_.n_cells[g] - start) : 0};
-    }
-    const int32_t * cells_of(const Tile & tile) const { return s_.cells + tile.kv_head * kChunkCells + tile.start; }
-
-    // Exact attention of the group's heads to 1 to 64 cells, with a running peak (online softmax, arXiv 1805.02867).
-    // The first rows to prefetch come with the keys' gather, the second with the values'.
-    void attend_tile(int kv_head, const int32_t * cells, int n, const Ahead & with_keys, const Ahead & with_values) {
-        const int h0 = kv_head * gqa_;
-        k_.rows_to_f32(t_.keys[kv_head], cells, n, s_.keys, with_keys);
-        k_.dots(query(h0), gqa_, s_.keys, n, key_width_, s_.scores, kBlockCells);
-        for (int j = 0; j < gqa_; ++j) {
-            Partial & p = mine(h0 + j);
-            float * scores = s_.scores + j * kBlockCells;
-            const float reference = s_.reference[h0 + j];
-            const float peak = k_.largest(scores, n) * static_cast<float>(to_log2_) - reference;
-            const float raised = !(peak <= p.peak) ? peak : p.peak;  // a NaN is taken over, and found by report_finite
-            s_.rescale[j] = std::exp2(p.peak - raised);
-            p.kept = p.kept * static_cast<double>(s_.rescale[j]) +
-                     static_cast<double>(k_.exp2_sum(scores, n, static_cast<float>(to_log2_), raised + reference));
-            p.peak = raised;
-            p.attended += n;
+        if (g == t_.n_head_kv) {
+            return {g, 0, 0, nullptr};
         }
-        k_.rows_to_f32(t_.values[kv_head], cells, n, s_.values, with_values);
-        k_.accumulate(s_.scores, kBlockCells, s_.rescale, gqa_, s_.values, n, value_width_, output(team_.rank, h0));
+        return {g, start, std::min(kBlockCells, survivors.n[g] - start), survivors.cells + g * kChunkCells + start};
+    }
+
+    void attend_survivors() {
+        constexpr Tile kBefore = {-1, 0, 0, nullptr};
+        Survivors survivors = {s_.n_cells, s_.cells};
+        Survivors coming = {s_.n_cells + t_.n_head_kv, s_.cells + t_.n_head_kv * kChunkCells};
+        const int step = team_.size * chunk_;
+        list_survivors(team_.rank * chunk_, survivors);
+        for (int first = team_.rank * chunk_; first < s_.n_blocks; first += step) {
+            list_survivors(first + step, coming);
+            // Survivors lie scattered: each gather asks memory for the rows of the next one, whichever head's or chunk's they are.
+            Tile tile = next_tile(survivors, kBefore);
+            while (tile.kv_head < t_.n_head_kv) {
+                const Tile next = next_tile(survivors, tile);
+                const Tile & ahead = next.kv_head < t_.n_head_kv ? next : next_tile(coming, kBefore);
+                attend_tile(tile.kv_head, tile.cells, tile.n, {t_.values[tile.kv_head], tile.cells, tile.n},
+                            ahead.kv_head < t_.n_head_kv ? Ahead{t_.keys[ahead.kv_head], ahead.cells, ahead.n} : Ahead{});
+                tile = next;
+            }
+            const int count = std::min(chunk_, s_.n_blocks - first);
+            for (int g = 0; g < t_.n_head_kv; ++g) {
+                if (!all_of(g)) {
+                    account_dropped(g, first, count);
+                }
+                if (t_.settings.check) {
+                    check_chunk(g, first, count);
+                }
+            }
+            std::swap(survivors, coming);
+        }
+    }
+
+    // Exact attention of the group's queries to 1 to 64 cells, with a running peak (online softmax, arXiv 1805.02867).
+    // The first rows to prefetch come with the keys, the second with the values.
+    void attend_tile(int kv_head, const int32_t * cells, int n, const Ahead & with_keys, const Ahead & with_values) {
+        const int q0 = kv_head * n_group_;
+        const float to_log2 = static_cast<float>(to_log2_);
+        k_.dots(query(q0), n_group_, t_.keys[kv_head], cells, n, s_.scores, kBlockCells, with_keys);
+        for (int j = 0; j < n_group_; ++j) {
+            Partial & p = partial(q0 + j);
+            float * scores = s_.scores + j * kBlockCells;
+            const int seen = hide(scores, cells, n, q0 + j);
+            s_.rescale[j] = 1.0f;
+            if (seen == 0) {
+                std::fill(scores, scores + n, 0.0f);
+                continue;
+            }
+            const float reference = s_.reference[q0 + j];
+            const float peak = k_.largest(scores, n) * to_log2 - reference;
+            if (!(peak <= p.peak)) {  // a NaN is taken over, and found by report_finite
+                s_.rescale[j] = std::exp2(p.peak - peak);
+                p.kept *= static_cast<double>(s_.rescale[j]);
+                p.peak = peak;
+            }
+            p.kept += static_cast<double>(k_.exp2_sum(scores, n, to_log2, p.peak + reference));
+            p.attended += seen;
+        }
+        k_.accumulate(s_.scores, kBlockCells, s_.rescale, n_group_, t_.values[kv_head], cells, n, output(team_.rank, q0), with_values);
     }
 
     // What the chunk's dropped cells weigh at most, and their compensation.
     void account_dropped(int kv_head, int first, int count) {
         const GridIndex & index = *t_.index[kv_head];
-        const int h0 = kv_head * gqa_;
-        k_.dropped_sums(weight(h0) + static_cast<int64_t>(first) * kBlockCells, s_.weight_stride, gqa_, kept_of(kv_head), count,
-                        s_.block_sums, kChunkBlocks);
+        const int q0 = kv_head * n_group_;
+        float key_norm = 0;
+        float value_norm = 0;
         bool any = false;
-        for (int j = 0; j < gqa_; ++j) {
-            Partial & p = mine(h0 + j);
-            float * sums = s_.block_sums + j * kChunkBlocks;
-            const float scale = std::exp2(-p.peak);
-            s_.rescale[j] = 1.0f;
+        for (int b = first; b < first + count; ++b) {
+            const uint64_t scanned = visible_to_any(b) & indexed(kv_head, b);
+            if (scanned != 0) {
+                key_norm = std::max(key_norm, index.bounds(b)->key_norm);
+            }
+            if ((scanned & ~*kept(kv_head, b)) != 0) {
+                value_norm = std::max(value_norm, index.bounds(b)->value_norm);
+                any = true;
+            }
+        }
+        for (int j = 0; j < n_group_; ++j) {
+            Partial & p = partial(q0 + j);
+            const float * sums = dropped(q0 + j, first);
+            float * estimates = s_.block_sums + j * kChunkBlocks;
+            estimate(sums, slack(q0 + j, first), count, estimates);
+            float most = 0;
+            float added = 0;
             for (int b = 0; b < count; ++b) {
-                if (indexed(kv_head, first + b) != 0) {
-                    p.key_norm = std::max(p.key_norm, index.bounds(first)[b].key_norm);
-                }
-                if (sums[b] > 0) {
-                    any = true;
-                    p.dropped += sums[b];
-                    p.value_norm = std::max(p.value_norm, index.bounds(first)[b].value_norm);
-                    sums[b] *= estimate_factor(slack(h0 + j)[first + b]);
-                    p.compensation += t_.settings.compensate ? sums[b] : 0.0f;
-                    sums[b] *= scale;
-                }
+                most += sums[b];
+                added += estimates[b];
+            }
+            p.dropped += static_cast<double>(most);
+            p.compensation += t_.settings.compensate ? static_cast<double>(added) : 0.0;
+            p.key_norm = std::max(p.key_norm, key_norm);
+            p.value_norm = std::max(p.value_norm, value_norm);
+            s_.rescale[j] = 1.0f;
+            const float scale = p.peak > 0 ? std::exp2(-p.peak) : 1.0f;
+            for (int b = 0; b < count; ++b) {
+                estimates[b] *= scale;
             }
         }
         if (any && t_.settings.compensate) {
             Rows means = index.value_means();
             means.base = means.row(first);
-            k_.rows_to_f32(means, nullptr, count, s_.values, {});
-            for (int b = 0; b < count; ++b) {
-                if (indexed(kv_head, first + b) == 0) {
-                    std::fill(s_.values + b * value_width_, s_.values + (b + 1) * value_width_, 0.0f);
-                }
-            }
-            k_.accumulate(s_.block_sums, kChunkBlocks, s_.rescale, gqa_, s_.values, count, value_width_, output(team_.rank, h0));
+            k_.accumulate(s_.block_sums, kChunkBlocks, s_.rescale, n_group_, means, nullptr, count, output(team_.rank, q0), {});
         }
     }
 
     // Every visible cell of the chunk in float64, against what was decided without looking.
-    void check_chunk(int kv_head, int first, int count, const uint64_t * kept) {
-        for (int b = 0; b < count; ++b) {
-            for (uint64_t left = t_.visible[first + b]; left != 0; left &= left - 1) {
-                const int bit = std::countr_zero(left);
-                const int32_t cell = (first + b) * kBlockCells + bit;
-                const bool attended = (kept[b] >> bit & 1) != 0;
-                const bool bounded = (indexed(kv_head, first + b) >> bit & 1) != 0;
-                k_.rows_to_f32(t_.keys[kv_head], &cell, 1, s_.keys, {});
-                for (int h = kv_head * gqa_; h < (kv_head + 1) * gqa_; ++h) {
+    void check_chunk(int kv_head, int first, int count) {
+        for (int q = kv_head * n_group_; q < (kv_head + 1) * n_group_; ++q) {
+            const float tau = tau_of(s_.threshold[q], s_.reference[q], to_log2_);
+            for (int b = first; b < first + count; ++b) {
+                for (uint64_t left = visible(token_of(q))[b]; left != 0; left &= left - 1) {
+                    const int bit = std::countr_zero(left);
+                    const int32_t cell = b * kBlockCells + bit;
+                    const bool attended = (*kept(kv_head, b) >> bit & 1) != 0;
+                    const bool bounded = !all_of(kv_head) && (indexed(kv_head, b) >> bit & 1) != 0;
+                    k_.rows_to_f32(t_.keys[kv_head], &cell, 1, s_.keys);
                     double dot = 0;
                     for (int c = 0; c < key_width_; ++c) {
-                        dot += static_cast<double>(query(h)[c]) * s_.keys[c];
+                        dot += static_cast<double>(query(q)[c]) * s_.keys[c];
                     }
-                    const double exact = std::exp2(dot * to_log2_ - s_.reference[h]);
+                    const double exact = std::exp2(dot * to_log2_ - s_.reference[q]);
                     ++checked_.pairs;
-                    checked_.misses += !attended && dot >= tau(h);
-                    checked_.bound_violations += bounded && exact > weight(h)[cell] * (1.0 + kWeightError);
-                    (attended ? mine(h).checked_kept : mine(h).checked_dropped) += exact;
+                    checked_.misses += !attended && dot >= tau;
+                    checked_.bound_violations += bounded && exact > weight(q, 0)[cell] * (1.0 + kWeightError);
+                    (attended ? partial(q).checked_kept : partial(q).checked_dropped) += exact;
                 }
             }
         }
     }
 
-    // A dropped cell's upper weight is under the threshold; so is its exact score under this.
-    float tau(int h) const {
-        if (dense_) {
-            return -kInfinity;
-        }
-        const double log2_weight = std::log2(static_cast<double>(s_.threshold[h])) + 4 * kWeightError;
-        const double reference = s_.reference[h];
-        const double raw = (log2_weight + reference + std::fabs(reference) * 0x1p-20) / to_log2_;
-        return std::nextafter(static_cast<float>(raw), kInfinity);
-    }
-
     void report_finite() {
-        for (int h = 0; h < t_.n_head; ++h) {
-            const Partial & p = mine(h);
-            double sum = p.kept + p.dropped;
+        for (int q = 0; q < n_query_; ++q) {
+            const Partial & p = partial(q);
+            const float * out = output(team_.rank, q);
+            float largest = 0;
             for (int c = 0; c < value_width_; ++c) {
-                sum += output(team_.rank, h)[c] * 0.0f;
+                largest = std::fabs(out[c]) <= largest ? largest : std::fabs(out[c]);  // a NaN is taken over
             }
-            if (!std::isfinite(sum) || std::isnan(p.peak) || p.peak == kInfinity) {
+            if (!std::isfinite(p.kept + p.dropped) || !std::isfinite(largest) || std::isnan(p.peak) || p.peak == kInfinity) {
                 fail();
             }
         }
     }
 
-    void combine(int h) {
+    void combine(int q) {
         Partial all{};
         all.peak = -kInfinity;
         for (int rank = 0; rank < team_.size; ++rank) {
-            all.peak = std::max(all.peak, partial(rank, h).peak);
+            all.peak = std::max(all.peak, s_.partial[slot(rank, q)].peak);
         }
-        double kept = 0;  // in units of 2^peak, as the sum of the outputs
-        float * sum = output(0, h);
+        float * sum = output(0, q);
         for (int rank = 0; rank < team_.size; ++rank) {
-            const Partial & p = partial(rank, h);
+            const Partial & p = s_.partial[slot(rank, q)];
             const float factor = p.peak == -kInfinity ? 0.0f : std::exp2(p.peak - all.peak);
-            kept += p.kept * static_cast<double>(factor);
-            all.dropped += p.dropped;
-            all.compensation += p.compensation;
-            all.value_norm = std::max(all.value_norm, p.value_norm);
-            all.key_norm = std::max(all.key_norm, p.key_norm);
-            all.attended += p.attended;
-            all.scanned += p.scanned;
-            all.checked_kept += p.checked_kept;
-            all.checked_dropped += p.checked_dropped;
-            const float * part = output(rank, h);
+            all.add(p, factor);
+            const float * part = output(rank, q);
             for (int c = 0; c < value_width_; ++c) {
                 sum[c] = (rank == 0 ? 0.0f : sum[c]) + part[c] * factor;
             }
         }
         const double unit = all.peak == -kInfinity ? 1.0 : std::exp2(static_cast<double>(all.peak));
-        const double mass = kept + all.compensation / unit;
+        const double mass = all.kept + all.compensation / unit;
         const float inverse = mass > 0 ? static_cast<float>(1.0 / mass) : 0.0f;  // no visible cell: 0, as stock
         double norm_squared = 0;
-        float * out = reinterpret_cast<float *>(t_.output + h * t_.output_stride);
+        float * out = reinterpret_cast<float *>(t_.output + token_of(q) * t_.output_token_stride + head_of(q) * t_.output_stride);
         for (int c = 0; c < t_.values[0].dim; ++c) {
             out[c] = sum[c] * inverse;
             norm_squared += static_cast<double>(out[c]) * out[c];
         }
 
-        // The attended cells' exact weights came from float32 scores; the mass proper is at least this.
-        const double error = score_error(s_.query_norm[h], all.key_norm, t_.keys[0].dim, to_log2_);
-        const double least = kept * unit * std::exp2(-error);
-        const double delta = dropped_share(all.dropped, least);
-        HeadCertificate & certificate = t_.certificates[h];
-        certificate.tau = tau(h);
-        certificate.n_visible = static_cast<int32_t>(n_visible_);
-        certificate.n_scanned = all.scanned;
-        certificate.n_attended = all.attended;
-        certificate.delta = static_cast<float>(delta * (1 + 0x1p-20));
-        certificate.error_bound = error_bound(all, least, std::sqrt(norm_squared));
+        HeadCertificate & certificate = t_.certificates[token_of(q) * t_.n_head + head_of(q)];
+        certificate.tau = dense_ ? -kInfinity : tau_of(s_.threshold[q], s_.reference[q], to_log2_);
+        certificate.n_visible = static_cast<int32_t>(s_.sight[token_of(q)].n_visible);
+        certify(all, unit, score_error(s_.query_norm[q], all.key_norm, t_.keys[0].dim, to_log2_), std::sqrt(norm_squared), certificate);
         if (t_.settings.check && !dense_) {
             const double truth = all.checked_dropped / std::max(all.checked_kept + all.checked_dropped, 1e-300);
             checked_.mass_violations += truth > static_cast<double>(certificate.delta);
         }
-    }
-
-    // |output - dense| <= (largest |value| + |output|) * max((y + U) / (K + U), y / K): U dropped at most, y compensation, K
-    // kept at least (docs/guarantee.md, "The output").
-    static float error_bound(const Partial & all, double least, double output_norm) {
-        if (all.dropped <= 0) {
-            return 0;
-        }
-        const double upper = all.dropped * (1.0 + kWeightError);
-        const double added = all.compensation * (1.0 + kWeightError);
-        const double share = std::max((added + upper) / (least + upper), added / std::max(least, 1e-300));
-        return static_cast<float>((all.value_norm + output_norm) * share * (1 + 0x1p-20));
     }
 
     const DecodeTask & t_;
@@ -590,19 +697,20 @@ class Decoder {
     const Kernels & k_;
     bool dense_;
     int gqa_;
+    int n_group_;
+    int n_query_;
     int key_width_;
     int value_width_;
+    int chunk_;  // blocks that a thread takes at a time
     double to_log2_;
-    int64_t n_visible_ = 0;
-    Always always_{0, 0};
     CheckCounts checked_;
-    int n_next_ = 0;  // of attend_all: cells listed for the block after this one
+    Lap lap_;
 };
 
 }  // namespace
 
-size_t decode_scratch_bytes(int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int team_size) {
-    return Scratch(nullptr, n_head, n_head_kv, n_kv, key_dim, value_dim, 0, team_size).bytes;
+size_t decode_scratch_bytes(int n_token, int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int team_size) {
+    return Scratch(nullptr, {n_token, n_head, n_head_kv, n_kv, key_dim, value_dim}, 0, team_size).bytes;
 }
 
 Outcome decode(const DecodeTask & task, const Team & team, void * scratch) { return Decoder(task, team, scratch).run(); }

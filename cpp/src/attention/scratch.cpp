@@ -1,5 +1,7 @@
 #include "attention/scratch.h"
 
+#include <algorithm>
+
 namespace louver {
 namespace {
 
@@ -28,40 +30,55 @@ class Arena {
 
 }  // namespace
 
-Scratch::Scratch(std::byte * base, int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int rank, int team_size) {
-    const size_t heads = static_cast<size_t>(n_head);
-    const size_t kv_heads = static_cast<size_t>(n_head_kv);
-    const size_t gqa = static_cast<size_t>(n_head / n_head_kv);
+void Partial::add(const Partial & part, double factor) {
+    kept += part.kept * factor;
+    dropped += part.dropped;
+    compensation += part.compensation;
+    value_norm = std::max(value_norm, part.value_norm);
+    key_norm = std::max(key_norm, part.key_norm);
+    attended += part.attended;
+    scanned += part.scanned;
+    checked_kept += part.checked_kept;
+    checked_dropped += part.checked_dropped;
+}
+
+Scratch::Scratch(std::byte * base, const Shape & shape, int rank, int team_size) {
+    const size_t queries = static_cast<size_t>(shape.n_token) * static_cast<size_t>(shape.n_head);
+    const size_t kv_heads = static_cast<size_t>(shape.n_head_kv);
+    const size_t group = queries / kv_heads;
     const size_t team = static_cast<size_t>(team_size);
-    const size_t key_width = static_cast<size_t>(padded(key_dim));
-    const size_t value_width = static_cast<size_t>(padded(value_dim));
-    n_blocks = n_blocks_for(n_kv);
+    const size_t key_width = static_cast<size_t>(padded(shape.key_dim));
+    const size_t value_width = static_cast<size_t>(padded(shape.value_dim));
+    n_blocks = n_blocks_for(shape.n_kv);
     weight_stride = static_cast<int64_t>(n_blocks) * kBlockCells + 16;
+    const size_t blocks = static_cast<size_t>(n_blocks);
 
     Arena arena(base);
     not_finite = arena.take<int32_t>(team);
-    query = arena.take<float>(heads * key_width);
-    query_norm = arena.take<float>(heads);
-    reference = arena.take<float>(heads);
-    weight = arena.take<float>(heads * static_cast<size_t>(weight_stride));
-    slack = arena.take<float>(heads * static_cast<size_t>(n_blocks));
-    lower = arena.take<double>(team * heads);
-    coarse = arena.take<Sums>(team * heads);
-    fine = arena.take<Sums>(team * heads);
-    partial = arena.take<Partial>(team * heads);
-    output = arena.take<float>(team * heads * value_width);
+    query = arena.take<float>(queries * key_width);
+    query_norm = arena.take<float>(queries);
+    reference = arena.take<float>(queries);
+    weight = arena.take<float>(queries * static_cast<size_t>(weight_stride));
+    slack = arena.take<float>(queries * blocks);
+    dropped = arena.take<float>(queries * blocks);
+    kept = arena.take<uint64_t>(kv_heads * blocks);
+    lower = arena.take<double>(team * queries);
+    upper = arena.take<double>(team * queries);
+    below = arena.take<Sums>(team * queries);
+    partial = arena.take<Partial>(team * queries);
+    output = arena.take<float>(team * queries * value_width);
 
-    bracket = arena.take_private<MassOracle::Bracket>(heads, rank, team_size);
-    total = arena.take_private<double>(heads, rank, team_size);
-    threshold = arena.take_private<float>(heads, rank, team_size);
+    sight = arena.take_private<Sight>(static_cast<size_t>(shape.n_token), rank, team_size);
+    total = arena.take_private<double>(queries, rank, team_size);
+    threshold = arena.take_private<float>(queries, rank, team_size);
+    refines = arena.take_private<uint8_t>(queries, rank, team_size);
     keys = arena.take_private<float>(kBlockCells * key_width, rank, team_size);
-    values = arena.take_private<float>(kBlockCells * value_width, rank, team_size);
-    scores = arena.take_private<float>(gqa * kBlockCells, rank, team_size);
-    rescale = arena.take_private<float>(gqa, rank, team_size);
-    block_sums = arena.take_private<float>(gqa * kChunkBlocks, rank, team_size);
-    kept = arena.take_private<uint64_t>(kv_heads * kChunkBlocks, rank, team_size);
-    n_cells = arena.take_private<int32_t>(kv_heads, rank, team_size);
-    cells = arena.take_private<int32_t>(kv_heads * kChunkCells, rank, team_size);
+    scores = arena.take_private<float>(group * kBlockCells, rank, team_size);
+    rescale = arena.take_private<float>(group, rank, team_size);
+    block_sums = arena.take_private<float>(group * kChunkBlocks, rank, team_size);
+    scanning = arena.take_private<uint64_t>(group * kChunkBlocks, rank, team_size);
+    n_cells = arena.take_private<int32_t>(2 * kv_heads, rank, team_size);
+    cells = arena.take_private<int32_t>(2 * kv_heads * kChunkCells, rank, team_size);
     bytes = arena.used();
 }
 

@@ -4,14 +4,24 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention/visible.h"
 #include "louver/decode.h"
 #include "louver/mass_oracle.h"
 
 namespace louver {
 
-// A thread takes chunks of this many blocks in turn: big enough to stream, small enough to spread the survivors evenly.
+// A thread takes chunks of at most this many blocks in turn: big enough to stream, small enough to spread the survivors evenly.
 inline constexpr int kChunkBlocks = 8;
 inline constexpr int kChunkCells = kChunkBlocks * kBlockCells;
+
+struct Shape {
+    int n_token;
+    int n_head;
+    int n_head_kv;
+    int64_t n_kv;
+    int key_dim;
+    int value_dim;
+};
 
 // What one thread found for one query head. Weights are in units of 2^reference.
 struct Partial {
@@ -25,40 +35,52 @@ struct Partial {
     int32_t scanned;
     double checked_kept;  // brute force: exact weights of the attended and of the dropped cells
     double checked_dropped;
+
+    // Takes in a thread's part; factor: its unit of kept, in units of this one's.
+    void add(const Partial & part, double factor);
 };
 
+// What one token sees.
+struct Sight {
+    int64_t n_visible;
+    Always always;
+};
+
+// A query is one query head of one token. The n_group queries of a KV head lie together: [n_head_kv][n_token][n_gqa].
 struct Scratch {
     // Shared by the team.
     int32_t * not_finite;  // [team] raised by the thread of that rank
-    float * query;         // [n_head][key_padded]
-    float * query_norm;    // [n_head]
-    float * reference;     // [n_head] log2 units
-    float * weight;        // [n_head][weight_stride]
-    float * slack;         // [n_head][n_blocks]
-    double * lower;        // [team][n_head]
-    Sums * coarse;         // [team][n_head]
-    Sums * fine;           // [team][n_head]
-    Partial * partial;     // [team][n_head]
-    float * output;        // [team][n_head][value_padded]
+    float * query;         // [n_query][key_padded]
+    float * query_norm;    // [n_query]
+    float * reference;     // [n_query] log2 units
+    float * weight;        // [n_query][weight_stride]
+    float * slack;         // [n_query][n_blocks]
+    float * dropped;       // [n_query][n_blocks] sum of the upper weights that were not kept
+    uint64_t * kept;       // [n_head_kv][n_blocks] survivors
+    double * lower;        // [team][n_query]
+    double * upper;        // [team][n_query] of the weights dropped
+    Sums * below;          // [team][n_query]
+    Partial * partial;     // [team][n_query]
+    float * output;        // [team][n_query][value_padded]
     // Of this thread alone.
-    MassOracle::Bracket * bracket;  // [n_head]
-    double * total;                 // [n_head]
-    float * threshold;              // [n_head]
-    float * keys;                   // [64][key_padded]
-    float * values;                 // [64][value_padded]
-    float * scores;                 // [n_gqa][64]
-    float * rescale;                // [n_gqa]
-    float * block_sums;             // [n_gqa][kChunkBlocks] of the dropped cells' weights
-    uint64_t * kept;                // [n_head_kv][kChunkBlocks] survivors of the chunk at hand, as the next two
-    int32_t * n_cells;              // [n_head_kv]
-    int32_t * cells;                // [n_head_kv][kChunkCells]
+    Sight * sight;        // [n_token]
+    double * total;       // [n_query]
+    float * threshold;    // [n_query]
+    uint8_t * refines;    // [n_query] the guess of the threshold was not good enough
+    float * keys;         // [64][key_padded]
+    float * scores;       // [n_group][64]
+    float * rescale;      // [n_group]
+    float * block_sums;   // [n_group][kChunkBlocks] of the dropped cells' weights
+    uint64_t * scanning;  // [n_group][kChunkBlocks] what each query of a group scans
+    int32_t * n_cells;    // [2][n_head_kv] survivors of a chunk and of the next
+    int32_t * cells;      // [2][n_head_kv][kChunkCells]
 
     int n_blocks;
     int64_t weight_stride;  // n_kv in whole blocks, and a line more: heads must not share cache sets
     size_t bytes;           // of all of it
 
     // Lays the arrays out from base on; base may be null to learn the size.
-    Scratch(std::byte * base, int n_head, int n_head_kv, int64_t n_kv, int key_dim, int value_dim, int rank, int team_size);
+    Scratch(std::byte * base, const Shape & shape, int rank, int team_size);
 };
 
 }  // namespace louver

@@ -31,28 +31,34 @@ struct Verdict {
     RuntimeConfig config;
 };
 
-// The parts of ggml's work buffer. Before decode()'s scratch lie the visible cells of every query.
+// More query tokens than kMaxTokens is prefill: nothing is computed here, and no scratch is needed.
+int n_served(const AttentionView & a) { return a.n_token <= kMaxTokens ? a.n_token : 0; }
+
+// The parts of ggml's work buffer. Before decode()'s scratch lie the visible cells of every token.
 struct Work {
     Verdict * verdict;
-    uint64_t * visible;    // [n_query][n_blocks]
+    uint64_t * visible;    // [n_stream][n_token][n_blocks]
     uint8_t * plain_mask;  // [threads] what mask_to_bits said
     std::byte * scratch;
 
     static size_t bytes(const AttentionView & a, int n_threads) {
-        const size_t words = static_cast<size_t>(a.n_query()) * static_cast<size_t>(n_blocks_for(a.n_kv));
-        return kLine + in_lines(words * sizeof(uint64_t)) + in_lines(static_cast<size_t>(n_threads)) +
-               decode_scratch_bytes(a.n_head, a.n_head_kv, a.n_kv, a.key_dim, a.value_dim, n_threads) +
+        return kLine + in_lines(words(a) * sizeof(uint64_t)) + in_lines(static_cast<size_t>(n_threads)) +
+               decode_scratch_bytes(n_served(a), a.n_head, a.n_head_kv, a.n_kv, a.key_dim, a.value_dim, n_threads) +
                in_lines(sizeof(Verdict)) + kLine;
     }
 
     Work(const AttentionView & a, const ggml_compute_params & params) {
-        const size_t words = static_cast<size_t>(a.n_query()) * static_cast<size_t>(n_blocks_for(a.n_kv));
         std::byte * base = align_up(params.wdata);
         visible = reinterpret_cast<uint64_t *>(base);
-        plain_mask = reinterpret_cast<uint8_t *>(base + in_lines(words * sizeof(uint64_t)));
-        scratch = base + in_lines(words * sizeof(uint64_t)) + in_lines(static_cast<size_t>(params.nth));
+        plain_mask = reinterpret_cast<uint8_t *>(base + in_lines(words(a) * sizeof(uint64_t)));
+        scratch = reinterpret_cast<std::byte *>(plain_mask) + in_lines(static_cast<size_t>(params.nth));
         std::byte * end = static_cast<std::byte *>(params.wdata) + params.wsize;
         verdict = reinterpret_cast<Verdict *>(align_up(end - in_lines(sizeof(Verdict)) - kLine));
+    }
+
+  private:
+    static size_t words(const AttentionView & a) {
+        return static_cast<size_t>(a.n_stream) * static_cast<size_t>(n_served(a)) * static_cast<size_t>(n_blocks_for(a.n_kv));
     }
 };
 
@@ -89,6 +95,16 @@ Runtime * owner_of(const AttentionView & a) {
     return cache != nullptr ? cache->owner : Runtime::current();
 }
 
+// Thread 0 alone: for tools that look at attention outside of the model.
+void capture(const AttentionView & a, Reason reason) {
+    Runtime * owner = owner_of(a);
+    if (owner != nullptr && owner->capture().is_on()) {
+        const int layer = a.k_cache != nullptr ? layer_of(a.k_cache) : -1;
+        const bool sliding = reason == Reason::none && owner->config().n_ctx > a.kv_size;
+        owner->capture().see(a, layer, reason_name(sliding ? Reason::sliding_window : reason));
+    }
+}
+
 // Thread 0 alone: what the team will do, and the counts of what it will not.
 Verdict decide(const AttentionView & a, int n_threads) {
     Verdict verdict{};
@@ -104,8 +120,6 @@ Verdict decide(const AttentionView & a, int n_threads) {
         reason = Reason::sliding_window;
     } else if (a.n_token > kMaxTokens) {
         reason = Reason::prefill;
-    } else if (a.n_kv < verdict.config.min_context) {
-        reason = Reason::below_min_context;
     }
     if (reason != Reason::none) {
         owner->count(Path::stock, reason, a.n_query());
@@ -116,6 +130,7 @@ Verdict decide(const AttentionView & a, int n_threads) {
     verdict.cache = find_or_add(a, owner);
     verdict.repair_only = reason == Reason::prefill;
     verdict.cache->collect();
+    verdict.cache->expect(verdict.config.decode);
     const size_t threads = static_cast<size_t>(n_threads);
     Cache::Step & step = verdict.cache->step;
     step.pending = true;
@@ -178,7 +193,26 @@ void see_and_repair(const AttentionView & a, const Work & work, Cache & cache, b
     cache.step.cells_encoded[static_cast<size_t>(rank)] = cells_encoded;
 }
 
-// Every query of the op, one after the other, the whole team at each. False: stock has to run, for the reason given.
+int64_t count(const uint64_t * words, int n_blocks) {
+    int64_t n = 0;
+    for (int b = 0; b < n_blocks; ++b) {
+        n += std::popcount(words[b]);
+    }
+    return n;
+}
+
+// Whether two tokens see so much in common that one scan and one gather serve both.
+bool see_alike(const uint64_t * one, const uint64_t * other, int n_blocks) {
+    int64_t common = 0;
+    int64_t all = 0;
+    for (int b = 0; b < n_blocks; ++b) {
+        common += std::popcount(one[b] & other[b]);
+        all += std::popcount(one[b] | other[b]);
+    }
+    return 2 * common >= all;
+}
+
+// Every token of the op, tokens that see alike together, the whole team at each. False: stock has to run.
 bool decode_all(const AttentionView & a, const Work & work, const Verdict & verdict, const Team & team, Reason & reason) {
     Cache & cache = *verdict.cache;
     const int n_blocks = n_blocks_for(a.n_kv);
@@ -186,60 +220,57 @@ bool decode_all(const AttentionView & a, const Work & work, const Verdict & verd
         reason = Reason::mask_values;
         return false;
     }
-    const auto n_visible = [&](int q) {
-        const uint64_t * words = work.visible + static_cast<int64_t>(q) * n_blocks;
-        int64_t n = 0;
-        for (int b = 0; b < n_blocks; ++b) {
-            n += std::popcount(words[b]);
-        }
-        return n;
-    };
-    int64_t most = 0;
-    for (int q = 0; q < a.n_query(); ++q) {
-        most = std::max(most, n_visible(q));
-    }
-    if (most < verdict.config.min_context) {
-        reason = Reason::below_min_context;
-        return false;
-    }
-    for (int q = 0; q < a.n_query(); ++q) {
+    const auto visible = [&](int q) { return work.visible + static_cast<int64_t>(q) * n_blocks; };
+    const auto is_short = [&](int q) { return count(visible(q), n_blocks) < verdict.config.min_context; };
+    for (int q = 0; q < a.n_query();) {
         const int stream = q / a.n_token;
         const int token = q % a.n_token;
+        Cache::Step::Query query{a.first_stream + stream, token, Path::louver, Reason::none};
+        const bool short_context = is_short(q);
+        if (verdict.config.decode.epsilon <= 0 || short_context) {
+            query.path = Path::dense;
+            query.reason = short_context ? Reason::below_min_context : Reason::epsilon_zero;
+        }
+        int n_token = 1;
+        while (token + n_token < a.n_token && is_short(q + n_token) == short_context &&
+               see_alike(visible(q), visible(q + n_token), n_blocks)) {
+            ++n_token;
+        }
         DecodeTask task;
+        task.n_token = n_token;
         task.n_head = a.n_head;
         task.n_head_kv = a.n_head_kv;
         task.n_kv = a.n_kv;
         task.scale = a.scale;
         task.query = static_cast<const std::byte *>(a.query->data) + static_cast<size_t>(token) * a.query->nb[1] +
                      static_cast<size_t>(stream) * a.query->nb[3];
+        task.query_token_stride = static_cast<int64_t>(a.query->nb[1]);
         task.query_stride = static_cast<int64_t>(a.query->nb[2]);
         task.keys = cache.keys(a.first_stream + stream);
         task.values = cache.values(a.first_stream + stream);
         task.index = cache.index(a.first_stream + stream);
-        task.visible = work.visible + static_cast<int64_t>(q) * n_blocks;
+        task.attend_all = cache.uniform(a.first_stream + stream);
+        task.visible = visible(q);
         task.output = static_cast<std::byte *>(a.op->data) + static_cast<size_t>(token) * a.op->nb[2] +
                       static_cast<size_t>(stream) * a.op->nb[3];
+        task.output_token_stride = static_cast<int64_t>(a.op->nb[2]);
         task.output_stride = static_cast<int64_t>(a.op->nb[1]);
         task.certificates = cache.step.certificates.data() + static_cast<size_t>(q) * static_cast<size_t>(a.n_head);
         task.checked = cache.step.checked.data();
         task.settings = verdict.config.decode;
-        Cache::Step::Query query{a.first_stream + stream, token, Path::louver, Reason::none};
-        if (task.settings.epsilon <= 0) {
-            query.path = Path::dense;
-            query.reason = Reason::epsilon_zero;
-        } else if (n_visible(q) < verdict.config.min_context) {  // of several sequences, a short one
+        if (query.path == Path::dense) {
             task.settings.epsilon = 0;
-            query.path = Path::dense;
-            query.reason = Reason::below_min_context;
         }
         if (decode(task, team, work.scratch) != Outcome::done) {
             reason = Reason::not_finite;
             return false;
         }
-        if (team.rank == 0) {
-            cache.step.queries.push_back(query);
+        for (int end = q + n_token; q < end; ++q, ++query.token) {
+            if (team.rank == 0) {
+                cache.step.queries.push_back(query);
+            }
         }
-        if (q + 1 < a.n_query()) {
+        if (q < a.n_query()) {
             team.barrier();
         }
     }
@@ -258,6 +289,9 @@ bool attention_forward(ggml_compute_params * params, ggml_tensor * op) {
     Reason reason = view.read(op);
     if (reason == Reason::none && Work::bytes(view, params->nth) > params->wsize) {
         reason = Reason::work_buffer;
+    }
+    if (params->ith == 0) {
+        capture(view, reason);
     }
     if (reason != Reason::none) {
         // Every thread has read the same tensors and come to the same end.

@@ -13,6 +13,7 @@ bool to_dtype(ggml_type type, DType & out) {
         case GGML_TYPE_F16: out = DType::f16; return true;
         case GGML_TYPE_BF16: out = DType::bf16; return true;
         case GGML_TYPE_Q8_0: out = DType::q8_0; return true;
+        case GGML_TYPE_Q4_0: out = DType::q4_0; return true;
         default: return false;
     }
 }
@@ -41,6 +42,8 @@ Reason AttentionView::read(const ggml_tensor * tensor) {
     query = op->src[0];
     k = before_cast(op->src[1]);
     v = before_cast(op->src[2]);
+    k_cache = k->view_src;
+    v_cache = v->view_src;
     mask = op->src[3];
 
     float max_bias = 0;
@@ -65,8 +68,6 @@ Reason AttentionView::read(const ggml_tensor * tensor) {
     if (n_kv_max != 0) return Reason::n_kv_max;
     if (!to_dtype(k->type, k_type) || !to_dtype(v->type, v_type)) return Reason::cache_type;
 
-    k_cache = k->view_src;
-    v_cache = v->view_src;
     if (k_cache != nullptr && k_cache == v_cache) return Reason::mla;
     const bool known = k_cache != nullptr && v_cache != nullptr && k_cache->buffer != nullptr && v_cache->buffer != nullptr &&
                        query->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && query->nb[0] == sizeof(float) && scale > 0 &&

@@ -3,6 +3,15 @@
 #include <algorithm>
 
 namespace louver {
+namespace {
+
+// The cost model of a KV head. A scan reads about a quarter of what dense attention reads, and survivors, which are gathered,
+// cost a little more than cells in a row: above this share dense is cheaper. Whether it still is, is found out by a scan
+// every so many steps.
+constexpr double kUniformShare = 0.6;
+constexpr uint8_t kStepsWithoutScan = 31;
+
+}  // namespace
 
 Cache::Cache(Runtime * owner_, int layer_id, const CachePlane & k_, const CachePlane & v_, int64_t cells_per_stream, int kv_heads)
     : owner(owner_),
@@ -25,6 +34,7 @@ Cache::Cache(Runtime * owner_, int layer_id, const CachePlane & k_, const CacheP
             index_views.push_back(indexes.back().get());
         }
     }
+    steps_without_scan.assign(static_cast<size_t>(n_stream * n_head_kv), 0);
 }
 
 void Cache::invalidate(int64_t first, int64_t count) {
@@ -82,6 +92,12 @@ void Cache::collect() {
             part.delta_max = std::max(part.delta_max, static_cast<double>(certificate.delta));
             part.error_bound_max = std::max(part.error_bound_max, static_cast<double>(certificate.error_bound));
             if (h % n_gqa == 0) {  // the heads of a group read together
+                if (query.path == Path::louver) {
+                    uint8_t & left = steps_without_scan[static_cast<size_t>(query.stream * n_head_kv + h / n_gqa)];
+                    const bool uniform = certificate.n_attended > kUniformShare * certificate.n_visible;
+                    part.heads_uniform += left > 0 ? n_gqa : 0;
+                    left = left > 0 ? static_cast<uint8_t>(left - 1) : uniform ? kStepsWithoutScan : uint8_t{0};
+                }
                 const int64_t block_bytes = static_cast<int64_t>(indexes.front()->block_bytes());
                 part.bytes_read += certificate.n_scanned * block_bytes / kBlockCells + certificate.n_attended * row_pair;
                 part.bytes_dense += certificate.n_visible * row_pair;
@@ -89,6 +105,13 @@ void Cache::collect() {
         }
     }
     owner->add(part);
+}
+
+void Cache::expect(const DecodeSettings & settings) {
+    if (settings.check || settings.epsilon != uniform_at) {
+        std::fill(steps_without_scan.begin(), steps_without_scan.end(), uint8_t{0});
+        uniform_at = settings.epsilon;
+    }
 }
 
 void Cache::describe(Stats & stats) const {

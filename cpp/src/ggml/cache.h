@@ -37,6 +37,11 @@ struct Cache {
     const GridIndex * const * index(int64_t stream) const { return index_views.data() + stream * n_head_kv; }
     GridIndex & index_of(int64_t stream, int head) { return *indexes[static_cast<size_t>(stream * n_head_kv + head)]; }
 
+    // The settings of the next steps: with others, or with a check, every head is scanned.
+    void expect(const DecodeSettings & settings);
+    // [n_head_kv] not 0: the head attended to so much lately that it is not worth a scan (DecodeTask::attend_all).
+    const uint8_t * uniform(int64_t stream) const { return steps_without_scan.data() + stream * n_head_kv; }
+
     // Brings the index of one stream's block up to date for the cells of `wanted`; blocks may be repaired at the same time.
     void repair(int64_t stream, int block, uint64_t wanted, int64_t & blocks_built, int64_t & cells_encoded);
 
@@ -55,6 +60,8 @@ struct Cache {
     std::vector<const GridIndex *> index_views;
     std::vector<Rows> key_rows;
     std::vector<Rows> value_rows;
+    double uniform_at = -1;                   // the epsilon that the next is for
+    std::vector<uint8_t> steps_without_scan;  // [n_stream][n_head_kv] that are left to a uniform head
 
     // The last step, filled by the threads of the attention op and collected after it.
     struct Step {

@@ -33,7 +33,10 @@ void Runtime::configure(const RuntimeConfig & config) {
     config_ = config;
 }
 
-void Runtime::enter() { scopes.push_back(this); }
+void Runtime::enter() {
+    scopes.push_back(this);
+    capture_.begin_step();
+}
 
 void Runtime::exit() {
     if (!scopes.empty() && scopes.back() == this) {
@@ -78,6 +81,7 @@ void Runtime::add(const Stats & part) {
         }
     }
     stats_.n_queries += part.n_queries;
+    stats_.heads_uniform += part.heads_uniform;
     stats_.keys_visible += part.keys_visible;
     stats_.keys_scanned += part.keys_scanned;
     stats_.keys_attended += part.keys_attended;

@@ -9,13 +9,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "index/huge_pages.h"
 #include "kernels/kernels.h"
 #include "kernels/numeric.h"
 
 namespace louver {
 namespace {
 
-constexpr int kMaxDim = 1024;
 
 // More keys than this outside a block's grid, and the block gets a new one.
 constexpr int kMaxMisfits = 4;
@@ -35,7 +35,7 @@ void load_tile(const Rows & rows, int block, uint64_t cells, std::vector<float> 
     for (uint64_t left = cells; left != 0; left &= left - 1) {
         const int cell = std::countr_zero(left);
         const int32_t index = block * kBlockCells + cell;
-        kernels().rows_to_f32(rows, &index, 1, tile.data() + width * static_cast<size_t>(cell), {});
+        kernels().rows_to_f32(rows, &index, 1, tile.data() + width * static_cast<size_t>(cell));
     }
 }
 
@@ -59,12 +59,14 @@ double norm(const float * x, int n) {
 }  // namespace
 
 template <class T> GridIndex::Plane<T> GridIndex::reserve(size_t count) {
-    constexpr size_t kAlignment = 64;
-    const size_t bytes = (std::max<size_t>(count, 1) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    void * memory = std::aligned_alloc(kAlignment, bytes);
+    const size_t wanted = std::max<size_t>(count, 1) * sizeof(T);
+    const size_t alignment = wanted < kHugePage ? 64 : kHugePage;
+    const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
+    void * memory = std::aligned_alloc(alignment, bytes);
     if (memory == nullptr) {
         throw std::bad_alloc();
     }
+    prefer_huge_pages(memory, bytes);
     return Plane<T>(static_cast<T *>(memory));
 }
 
@@ -81,6 +83,7 @@ GridIndex::GridIndex(int key_dim, int value_dim, int64_t n_cells)
     codes_ = reserve<uint8_t>(blocks * codes_per_block());
     grid_ = reserve<uint16_t>(2 * blocks * key_padded());
     means_ = reserve<uint16_t>(blocks * value_padded());
+    std::fill_n(means_.get(), blocks * value_padded(), uint16_t{0});  // read with weight 0 where nothing is indexed
     bounds_ = reserve<BlockBounds>(blocks);
     indexed_.assign(blocks, 0);
     not_finite_.assign(blocks, 0);

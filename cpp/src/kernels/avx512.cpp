@@ -7,7 +7,7 @@
 
 #include "kernels/bounds.h"
 #include "kernels/kernels.h"
-#include "kernels/numeric.h"
+#include "kernels/rows.h"
 
 namespace louver {
 namespace {
@@ -35,106 +35,181 @@ inline __m512 bf16_ps(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi
 
 inline __m512 load_bf16(const uint16_t * p) { return bf16_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
 
-// Elements c to c + 15 of a row that ends at dim; those beyond are 0.
-template <DType kType> inline __m512 load_ps(const std::byte * row, int c, int dim) {
-    const bool whole = c + kLanes <= dim;
-    if constexpr (kType == DType::f32) {
-        return whole ? _mm512_loadu_ps(row + 4 * c) : _mm512_maskz_loadu_ps(tail_mask(dim - c), row + 4 * c);
-    } else if constexpr (kType == DType::q8_0) {
-        const std::byte * group = row + c / 32 * 34;
-        int16_t scale_bits;
-        __builtin_memcpy(&scale_bits, group, sizeof(scale_bits));
-        const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(scale_bits));
-        const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(group + 2 + c % 32));
-        return _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels)));
+constexpr bool is_quantized(DType type) { return type == DType::q8_0 || type == DType::q4_0; }
+
+// Elements c to c + 31 of a quantized row, c a multiple of 32.
+template <DType kType> inline void load_group(const std::byte * row, int c, __m512 * out) {
+    const std::byte * group = row + static_cast<int64_t>(row_bytes(kType, c));
+    uint16_t bits;
+    __builtin_memcpy(&bits, group, sizeof(bits));
+    const __m512 scale = _mm512_set1_ps(_cvtsh_ss(bits));
+    const __m128i * levels = reinterpret_cast<const __m128i *>(group + 2);
+    if constexpr (kType == DType::q8_0) {
+        out[0] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(levels))));
+        out[1] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(levels + 1))));
     } else {
-        const __m256i bits = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(row + 2 * c))
-                                   : _mm256_maskz_loadu_epi16(tail_mask(dim - c), row + 2 * c);
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(levels));
+        const __m512i low = _mm512_and_si512(both, _mm512_set1_epi32(15));
+        const __m512i eight = _mm512_set1_epi32(8);
+        out[0] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_sub_epi32(low, eight)));
+        out[1] = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(both, 4), eight)));
+    }
+}
+
+// Elements c to c + 15 of a row.
+template <DType kType> inline __m512 load_ps(const std::byte * row, int c) {
+    if constexpr (kType == DType::f32) {
+        return _mm512_loadu_ps(row + 4 * c);
+    } else if constexpr (is_quantized(kType)) {
+        __m512 group[2];
+        load_group<kType>(row, c / 32 * 32, group);
+        return group[c % 32 / kLanes];
+    } else {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(row + 2 * c));
         return kType == DType::f16 ? _mm512_cvtph_ps(bits) : bf16_ps(bits);
     }
 }
 
-template <DType kType> void gather(const Rows & rows, const int32_t * cells, int n, float * out, const Ahead & ahead) {
-    const int dim = rows.dim;
-    const int bytes_ahead = static_cast<int>(row_bytes(ahead.rows.type, ahead.rows.dim));
-    for (int i = 0; i < n; ++i) {
-        if (i < ahead.n) {
-            const std::byte * next = ahead.rows.row(ahead.cells[i]);
-            for (int offset = 0; offset < bytes_ahead; offset += 64) {
-                _mm_prefetch(reinterpret_cast<const char *>(next + offset), _MM_HINT_T1);
+// The same where the row ends at dim < c + 16: what lies beyond is 0, and not read.
+template <DType kType> inline __m512 load_tail_ps(const std::byte * row, int c, int dim) {
+    if constexpr (kType == DType::f32) {
+        return _mm512_maskz_loadu_ps(tail_mask(dim - c), row + 4 * c);
+    } else if constexpr (is_quantized(kType)) {
+        return load_ps<kType>(row, c);  // rows are whole groups of 32
+    } else {
+        const __m256i bits = _mm256_maskz_loadu_epi16(tail_mask(dim - c), row + 2 * c);
+        return kType == DType::f16 ? _mm512_cvtph_ps(bits) : bf16_ps(bits);
+    }
+}
+
+void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out) {
+    with_type(rows.type, [&]<DType kType>() {
+        for (int i = 0; i < n; ++i) {
+            const std::byte * row = rows.row(cells != nullptr ? cells[i] : i);
+            int c = 0;
+            for (; c + kLanes <= rows.dim; c += kLanes, out += kLanes) {
+                _mm512_storeu_ps(out, load_ps<kType>(row, c));
+            }
+            if (c < rows.dim) {
+                _mm512_storeu_ps(out, load_tail_ps<kType>(row, c, rows.dim));
+                out += kLanes;
             }
         }
-        const std::byte * row = rows.row(cells != nullptr ? cells[i] : i);
-        for (int c = 0; c < dim; c += kLanes, out += kLanes) {
-            _mm512_storeu_ps(out, load_ps<kType>(row, c, dim));
-        }
-    }
+    });
 }
 
-void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out, const Ahead & ahead) {
-    switch (rows.type) {
-        case DType::f32: return gather<DType::f32>(rows, cells, n, out, ahead);
-        case DType::f16: return gather<DType::f16>(rows, cells, n, out, ahead);
-        case DType::bf16: return gather<DType::bf16>(rows, cells, n, out, ahead);
-        case DType::q8_0: return gather<DType::q8_0>(rows, cells, n, out, ahead);
-    }
-}
-
-// Lane i of the result is the sum of the lanes of v[i].
-inline __m512 sums_of_16(const __m512 * v) {
-    __m512 quad[4];
-    for (int i = 0; i < 4; ++i) {
-        const __m512 * w = v + 4 * i;
-        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(w[0], w[1]), _mm512_unpackhi_ps(w[0], w[1]));
-        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(w[2], w[3]), _mm512_unpackhi_ps(w[2], w[3]));
-        const __m512d abd = _mm512_castps_pd(ab);
-        const __m512d cdd = _mm512_castps_pd(cd);
-        quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(abd, cdd)), _mm512_castpd_ps(_mm512_unpackhi_pd(abd, cdd)));
-    }
-    const __m512 s01 = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-    const __m512 s23 = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(s01, s23, 0x88), _mm512_shuffle_f32x4(s01, s23, 0xdd));
-}
+inline __m256 fold(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 
 // Lane i of the result is the sum of the lanes of v[i].
 inline __m128 sums_of_4(const __m512 * v) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512 quad = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 pair = _mm256_add_ps(_mm512_castps512_ps256(quad), _mm512_extractf32x8_ps(quad, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(pair), _mm256_extractf128_ps(pair, 1));
+    const __m256 a = fold(v[0]);
+    const __m256 b = fold(v[1]);
+    const __m256 c = fold(v[2]);
+    const __m256 d = fold(v[3]);
+    const __m256d ab = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+    const __m256d cd = _mm256_castps_pd(_mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+    const __m256 quad = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+    return _mm_add_ps(_mm256_castps256_ps128(quad), _mm256_extractf128_ps(quad, 1));
 }
 
-void dots(const float * query, int n_query, const float * keys, int n, int dim_padded, float * out, int64_t out_stride) {
-    for (int i0 = 0; i0 < n; i0 += kLanes) {
-        const int count = n - i0 < kLanes ? n - i0 : kLanes;
-        const float * tile = keys + static_cast<int64_t>(i0) * dim_padded;
-        for (int h = 0; h < n_query; ++h) {
-            const float * q = query + h * dim_padded;
-            __m512 acc[kLanes];
-            for (__m512 & lane : acc) {
-                lane = _mm512_setzero_ps();
-            }
-            if (count == kLanes) {
-                for (int c = 0; c < dim_padded; c += kLanes) {
-                    const __m512 qc = _mm512_loadu_ps(q + c);
-#pragma GCC unroll 16
-                    for (int i = 0; i < kLanes; ++i) {
-                        acc[i] = _mm512_fmadd_ps(qc, _mm512_loadu_ps(tile + i * dim_padded + c), acc[i]);
-                    }
-                }
-            } else {
-                for (int i = 0; i < count; ++i) {
-                    for (int c = 0; c < dim_padded; c += kLanes) {
-                        acc[i] = _mm512_fmadd_ps(_mm512_loadu_ps(q + c), _mm512_loadu_ps(tile + i * dim_padded + c), acc[i]);
-                    }
-                }
-            }
-            _mm512_mask_storeu_ps(out + h * out_stride + i0, tail_mask(count), sums_of_16(acc));
+// Heads that share each conversion of a row.
+constexpr int kHeads = 4;
+
+// Calls f with the number of heads left as a constant, kHeads at most, until all are done.
+template <class F> inline void for_heads(int n_query, F && f) {
+    for (int first = 0; first < n_query; first += kHeads) {
+        switch (n_query - first) {
+            case 1: f.template operator()<1>(first); break;
+            case 2: f.template operator()<2>(first); break;
+            case 3: f.template operator()<3>(first); break;
+            default: f.template operator()<kHeads>(first); break;
         }
     }
+}
+
+// Keys that are worked on together: H heads' sums stay in registers.
+constexpr int kKeys = 4;
+
+template <DType kType, int H> inline void dots_heads(const float * query, const Rows & keys, const int32_t * cells, int n,
+                                                     float * out, int64_t out_stride, Prefetcher prefetcher) {
+    const int dim = keys.dim;
+    const int dim_padded = padded(dim);
+    const std::byte * base = keys.base;
+    const int64_t stride = keys.stride;
+    for (int i0 = 0; i0 < n; i0 += kKeys) {
+        const std::byte * row[kKeys];
+        const int count = n - i0 < kKeys ? n - i0 : kKeys;
+#pragma GCC unroll 4
+        for (int i = 0; i < kKeys; ++i) {
+            const int at = i < count ? i0 + i : i0;
+            row[i] = base + (cells != nullptr ? cells[at] : at) * stride;
+        }
+        prefetcher.step();
+        __m512 sum[H][kKeys];
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kKeys; ++i) {
+                sum[h][i] = _mm512_setzero_ps();
+            }
+        }
+        const auto add = [&](int c, const __m512 * key) {
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) {
+                const __m512 q = _mm512_loadu_ps(query + h * dim_padded + c);
+#pragma GCC unroll 4
+                for (int i = 0; i < kKeys; ++i) {
+                    sum[h][i] = _mm512_fmadd_ps(q, key[i], sum[h][i]);
+                }
+            }
+        };
+        if constexpr (is_quantized(kType)) {
+            for (int c = 0; c < dim; c += 2 * kLanes) {
+                __m512 group[kKeys][2];
+                __m512 key[2][kKeys];
+#pragma GCC unroll 4
+                for (int i = 0; i < kKeys; ++i) {
+                    load_group<kType>(row[i], c, group[i]);
+                    key[0][i] = group[i][0];
+                    key[1][i] = group[i][1];
+                }
+                add(c, key[0]);
+                add(c + kLanes, key[1]);
+            }
+        } else {
+            __m512 key[kKeys];
+            int c = 0;
+            for (; c + kLanes <= dim; c += kLanes) {
+#pragma GCC unroll 4
+                for (int i = 0; i < kKeys; ++i) {
+                    key[i] = load_ps<kType>(row[i], c);
+                }
+                add(c, key);
+            }
+            if (c < dim) {
+#pragma GCC unroll 4
+                for (int i = 0; i < kKeys; ++i) {
+                    key[i] = load_tail_ps<kType>(row[i], c, dim);
+                }
+                add(c, key);
+            }
+        }
+        const __mmask8 valid = static_cast<__mmask8>((1u << count) - 1u);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+            _mm_mask_storeu_ps(out + h * out_stride + i0, valid, sums_of_4(sum[h]));
+        }
+    }
+}
+
+void dots(const float * query, int n_query, const Rows & keys, const int32_t * cells, int n, float * out, int64_t out_stride,
+          const Ahead & ahead) {
+    with_type(keys.type, [&]<DType kType>() {
+        for_heads(n_query, [&]<int H>(int first) {
+            dots_heads<kType, H>(query + first * padded(keys.dim), keys, cells, n, out + first * out_stride, out_stride,
+                                 Prefetcher(first == 0 ? ahead : Ahead{}, (n + kKeys - 1) / kKeys));
+        });
+    });
 }
 
 float largest(const float * x, int n) {
@@ -154,84 +229,104 @@ float exp2_sum(float * x, int n, float scale, float shift) {
     __m512 sum = _mm512_setzero_ps();
     for (int i = 0; i < n; i += kLanes) {
         const __mmask16 mask = tail_mask(n - i);
-        const __m512 p = _mm512_maskz_mov_ps(mask, exp2_ps(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, x + i), s, t)));
+        const __m512 y = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, x + i), s, t);
+        // Above -infinity, whose fraction is not a number; max() with the operands in this order keeps a NaN.
+        const __m512 p = _mm512_maskz_mov_ps(mask, exp2_ps(_mm512_max_ps(_mm512_set1_ps(-1000.0f), y)));
         _mm512_mask_storeu_ps(x + i, mask, p);
         sum = _mm512_add_ps(sum, p);
     }
     return _mm512_reduce_add_ps(sum);
 }
 
-// H heads by V vectors of the accumulator held in registers across all rows.
-template <int H, int V> inline void accumulate_tile(const float * weight, int64_t weight_stride, const float * rescale,
-                                                    const float * values, int n, int dim_padded, float * acc) {
+// H heads by V vectors of the accumulator, from column c on, held in registers across all rows. kTail: the vector ends the row.
+template <DType kType, int H, int V, bool kTail = false> inline void accumulate_tile(const float * weight, int64_t weight_stride, const float * rescale,
+                                                                 const Rows & values, const int32_t * cells, int n, int c,
+                                                                 float * acc, Prefetcher prefetcher) {
+    const int dim_padded = padded(values.dim);
     __m512 sum[H][V];
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            sum[h][v] = _mm512_mul_ps(_mm512_loadu_ps(acc + h * dim_padded + v * kLanes), _mm512_set1_ps(rescale[h]));
+            sum[h][v] = _mm512_mul_ps(_mm512_loadu_ps(acc + h * dim_padded + c + v * kLanes), _mm512_set1_ps(rescale[h]));
         }
     }
     for (int i = 0; i < n; ++i) {
-        __m512 w[H];
-        for (int h = 0; h < H; ++h) {
-            w[h] = _mm512_set1_ps(weight[h * weight_stride + i]);
+        const std::byte * row = values.row(cells != nullptr ? cells[i] : i);
+        prefetcher.step();
+        __m512 value[V];
+        if constexpr (is_quantized(kType) && V % 2 == 0) {
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v += 2) {
+                load_group<kType>(row, c + v * kLanes, value + v);
+            }
+        } else {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                value[v] = kTail ? load_tail_ps<kType>(row, c, values.dim) : load_ps<kType>(row, c + v * kLanes);
+            }
         }
-        for (int v = 0; v < V; ++v) {
-            const __m512 value = _mm512_loadu_ps(values + static_cast<int64_t>(i) * dim_padded + v * kLanes);
-            for (int h = 0; h < H; ++h) {
-                sum[h][v] = _mm512_fmadd_ps(w[h], value, sum[h][v]);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+            const __m512 w = _mm512_set1_ps(weight[h * weight_stride + i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) {
+                sum[h][v] = _mm512_fmadd_ps(w, value[v], sum[h][v]);
             }
         }
     }
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            _mm512_storeu_ps(acc + h * dim_padded + v * kLanes, sum[h][v]);
+            _mm512_storeu_ps(acc + h * dim_padded + c + v * kLanes, sum[h][v]);
         }
     }
 }
 
-template <int H> inline void accumulate_heads(const float * weight, int64_t weight_stride, const float * rescale,
-                                              const float * values, int n, int dim_padded, float * acc) {
-    int c = 0;
-    for (; c + 4 * kLanes <= dim_padded; c += 4 * kLanes) {
-        accumulate_tile<H, 4>(weight, weight_stride, rescale, values + c, n, dim_padded, acc + c);
-    }
-    for (; c < dim_padded; c += kLanes) {
-        accumulate_tile<H, 1>(weight, weight_stride, rescale, values + c, n, dim_padded, acc + c);
-    }
+void accumulate(const float * weight, int64_t weight_stride, const float * rescale, int n_query, const Rows & values,
+                const int32_t * cells, int n, float * acc, const Ahead & ahead) {
+    const int dim_padded = padded(values.dim);
+    with_type(values.type, [&]<DType kType>() {
+        for_heads(n_query, [&]<int H>(int first) {
+            const auto tile = [&]<int V, bool kTail>(int c) {
+                accumulate_tile<kType, H, V, kTail>(weight + first * weight_stride, weight_stride, rescale + first, values, cells, n,
+                                                    c, acc + first * dim_padded, Prefetcher(first == 0 && c == 0 ? ahead : Ahead{}, n));
+            };
+            int c = 0;
+            for (; c + 4 * kLanes <= values.dim; c += 4 * kLanes) {
+                tile.template operator()<4, false>(c);
+            }
+            if (c + 2 * kLanes <= values.dim) {
+                tile.template operator()<2, false>(c);
+                c += 2 * kLanes;
+            }
+            if (c + kLanes <= values.dim) {
+                tile.template operator()<1, false>(c);
+                c += kLanes;
+            }
+            if (c < values.dim) {
+                tile.template operator()<1, true>(c);
+            }
+        });
+    });
 }
-
-void accumulate(const float * weight, int64_t weight_stride, const float * rescale, int n_query, const float * values, int n,
-                int dim_padded, float * acc) {
-    int h = 0;
-    for (; h + 4 <= n_query; h += 4) {
-        accumulate_heads<4>(weight + h * weight_stride, weight_stride, rescale + h, values, n, dim_padded, acc + h * dim_padded);
-    }
-    weight += h * weight_stride;
-    rescale += h;
-    acc += h * dim_padded;
-    switch (n_query - h) {
-        case 3: accumulate_heads<3>(weight, weight_stride, rescale, values, n, dim_padded, acc); break;
-        case 2: accumulate_heads<2>(weight, weight_stride, rescale, values, n, dim_padded, acc); break;
-        case 1: accumulate_heads<1>(weight, weight_stride, rescale, values, n, dim_padded, acc); break;
-        default: break;
-    }
-}
-
-constexpr int kMaxDim = 1024;
-
-// The query of one head, scaled by one block's steps and rounded to 256 * high + low.
-struct BlockQuery {
-    alignas(64) int8_t high[kMaxDim];
-    alignas(64) int8_t low[kMaxDim];
-};
 
 // The largest step of each channel over the blocks that have anything to scan.
 void largest_steps(const ScanArgs & a, float * largest) {
     const int dim_padded = padded(a.dim);
+    bool scans[kMaxRun];
+    for (int b = 0; b < a.n_blocks; ++b) {
+        uint64_t any = 0;
+        for (int h = 0; h < a.n_query; ++h) {
+            any |= a.cells_of(h, b);
+        }
+        scans[b] = any != 0;
+    }
     for (int c = 0; c < dim_padded; c += kLanes) {
         __m512 most = _mm512_setzero_ps();
         for (int b = 0; b < a.n_blocks; ++b) {
-            if (a.cells[b] != 0) {
+            if (scans[b]) {
                 most = _mm512_max_ps(most, load_bf16(a.step + static_cast<int64_t>(b) * dim_padded + c));
             }
         }
@@ -247,42 +342,12 @@ float largest_scaled(const float * query, const float * steps, int dim_padded) {
     return _mm512_reduce_max_ps(most);
 }
 
-// Rounds H heads' queries for one block; returns their q.center - 128 * quantum * sum(levels), one lane each.
-template <int H>
-inline __m128 round_queries(const ScanArgs & a, int block, const float * query, const HeadBound * head, BlockQuery * out) {
-    const int dim_padded = padded(a.dim);
-    const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
-    const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
-    const __m512i half = _mm512_set1_epi32(128);
-    __m512 base[4];
-    __m512 inverse[H];
-    __m512 recenter[H];
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) {
-        inverse[h] = _mm512_set1_ps(head[h].inverse);
-        recenter[h] = _mm512_set1_ps(128.0f * head[h].quantum);
-    }
-#pragma GCC unroll 4
-    for (__m512 & sum : base) {
-        sum = _mm512_setzero_ps();
-    }
-    for (int c = 0; c < dim_padded; c += kLanes) {
-        const __m512 s = load_bf16(step + c);
-        const __m512 m = load_bf16(center + c);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) {
-            const __m512 x = _mm512_loadu_ps(query + h * dim_padded + c);
-            const __m512i level =
-                _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, s), inverse[h]));  // in this order nothing overflows
-            base[h] = _mm512_fmadd_ps(x, m, base[h]);
-            base[h] = _mm512_fnmadd_ps(recenter[h], _mm512_cvtepi32_ps(level), base[h]);
-            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(level, half), 8);
-            _mm_store_si128(reinterpret_cast<__m128i *>(out[h].high + c), _mm512_cvtepi32_epi8(high));
-            _mm_store_si128(reinterpret_cast<__m128i *>(out[h].low + c), _mm512_cvtepi32_epi8(level));  // modulo 256
-        }
-    }
-    return sums_of_4(base);
-}
+// The query of one head: all of it times the inverse of its quantum, and one block's levels, 256 * high + low.
+struct BlockQuery {
+    alignas(64) float scaled[kMaxDim];
+    alignas(64) int8_t high[kMaxDim];
+    alignas(64) int8_t low[kMaxDim];
+};
 
 // acc += codes (unsigned) . four levels (signed), the same four in each lane. Around the intrinsic GCC 12 copies every sum.
 inline void add_dots(__m512i & acc, __m512i codes, const int8_t * levels) {
@@ -292,16 +357,80 @@ inline void add_dots(__m512i & acc, __m512i codes, const int8_t * levels) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*reinterpret_cast<const Four *>(levels)));
 }
 
-// Heads that are scanned together, so that each load of codes serves all of them.
-constexpr int kScanHeads = 4;
+// 64 levels in four vectors to bytes, 256 * high + low, in their order; sum += 256 * the sums of high + those of low.
+inline void split_levels(const __m512i * level, int8_t * high, int8_t * low, __m512i & sum_high, __m512i & sum_low) {
+    // The packs work within 128 bits: groups of four channels stay whole and end up transposed.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i half = _mm512_set1_epi16(128);
+    const __m512i byte = _mm512_set1_epi16(255);
+    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i a = _mm512_packs_epi32(level[0], level[1]);
+    const __m512i b = _mm512_packs_epi32(level[2], level[3]);
+    const __m512i h = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
+                                         _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+    const __m512i l = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));  // modulo 256
+    sum_high = _mm512_dpbusd_epi32(sum_high, ones, h);
+    sum_low = _mm512_dpbusd_epi32(sum_low, ones, l);
+    _mm512_store_si512(high, _mm512_permutexvar_epi32(order, h));
+    _mm512_store_si512(low, _mm512_permutexvar_epi32(order, l));
+}
+
+// Rounds H heads' queries for one block; returns their q.center - 128 * quantum * sum(levels), one lane each.
+template <int H>
+inline __m128 round_queries(const ScanArgs & a, int block, const float * query, const HeadBound * head, BlockQuery * out) {
+    const int dim_padded = padded(a.dim);
+    const uint16_t * center = a.center + static_cast<int64_t>(block) * dim_padded;
+    const uint16_t * step = a.step + static_cast<int64_t>(block) * dim_padded;
+    __m512 base[4];
+    __m512i sum_high[H];
+    __m512i sum_low[H];
+#pragma GCC unroll 4
+    for (__m512 & sum : base) {
+        sum = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+        sum_high[h] = _mm512_setzero_si512();
+        sum_low[h] = _mm512_setzero_si512();
+    }
+    for (int c0 = 0; c0 < dim_padded; c0 += 64) {
+        const int vectors = dim_padded - c0 < 64 ? (dim_padded - c0) / kLanes : 4;
+        __m512 s[4];
+        __m512 m[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            s[v] = v < vectors ? load_bf16(step + c0 + v * kLanes) : _mm512_setzero_ps();
+            m[v] = v < vectors ? load_bf16(center + c0 + v * kLanes) : _mm512_setzero_ps();
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+            __m512i level[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) {
+                level[v] = _mm512_setzero_si512();
+                if (v < vectors) {
+                    const int c = c0 + v * kLanes;
+                    level[v] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(out[h].scaled + c), s[v]));
+                    base[h] = _mm512_fmadd_ps(_mm512_loadu_ps(query + h * dim_padded + c), m[v], base[h]);
+                }
+            }
+            split_levels(level, out[h].high + c0, out[h].low + c0, sum_high[h], sum_low[h]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+        const __m512i levels = _mm512_add_epi32(_mm512_slli_epi32(sum_high[h], 8), sum_low[h]);
+        base[h] = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f * head[h].quantum), _mm512_cvtepi32_ps(levels), base[h]);
+    }
+    return sums_of_4(base);
+}
 
 // Half the block's keys at a time: then the sums of four heads stay in registers.
 constexpr int kHalf = kBlockVectors / 2;
 
-// Upper bounds of H heads on the scores of 32 keys of a block, in log2 units.
-// Upper bounds of H heads on the scores of 32 keys of a block, in log2 units.
-template <int H> inline void scan_half(const uint8_t * codes, int groups, const BlockQuery * query, const float * quantum,
-                                       const float * offset, float * out, int64_t out_stride) {
+// Upper weights of H heads for 32 keys of a block, to `out`; sum[h] += them.
+template <int H> inline void scan_half(const uint8_t * codes, const uint8_t * next_codes, int groups, const BlockQuery * query, const ToWeight * to,
+                                       const uint64_t * cells, int first_cell, float * out, int64_t out_stride, __m512 * sum) {
     __m512i high[H][kHalf];
     __m512i low[H][kHalf];
 #pragma GCC unroll 4
@@ -318,7 +447,7 @@ template <int H> inline void scan_half(const uint8_t * codes, int groups, const 
         for (int v = 0; v < kHalf; ++v) {
             code[v] = _mm512_loadu_si512(codes + (g * kBlockVectors + v) * 64);
             // The next block's: hardware prefetch ends with the page, which is about a block.
-            _mm_prefetch(reinterpret_cast<const char *>(codes + ((groups + g) * kBlockVectors + v) * 64), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char *>(next_codes + (g * kBlockVectors + v) * 64), _MM_HINT_T1);
         }
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
@@ -329,150 +458,184 @@ template <int H> inline void scan_half(const uint8_t * codes, int groups, const 
             }
         }
     }
+    const __m512 most = _mm512_set1_ps(255.0f * kExponentUnit);  // the bits of infinity
+    const __m512 least = _mm512_set1_ps((kMinLog2 + kExponentBias) * kExponentUnit);
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-        const __m512 fine = _mm512_set1_ps(quantum[h]);
-        const __m512 coarse = _mm512_set1_ps(quantum[h] * 256.0f);
+        const __m512 fine = _mm512_set1_ps(to[h].scale);
+        const __m512 coarse = _mm512_set1_ps(to[h].scale * 256.0f);
+        const __m512 offset = _mm512_set1_ps(to[h].offset);
 #pragma GCC unroll 2
         for (int v = 0; v < kHalf; ++v) {
-            const __m512 partial = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[h][v]), fine, _mm512_set1_ps(offset[h]));
-            const __m512 score = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[h][v]), coarse, partial);
-            _mm512_storeu_ps(out + h * out_stride + v * kLanes, score);
+            const __m512 partial = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[h][v]), fine, offset);
+            const __m512 scaled = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[h][v]), coarse, partial);
+            // min() with the operands in this order turns a NaN into infinity.
+            const __m512i bits = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(scaled, most), least));
+            const __mmask16 inside = static_cast<__mmask16>(cells[h] >> (first_cell + v * kLanes));
+            const __m512 weight = _mm512_castsi512_ps(_mm512_maskz_mov_epi32(inside, bits));
+            _mm512_storeu_ps(out + h * out_stride + v * kLanes, weight);
+            sum[h] = _mm512_add_ps(sum[h], weight);
         }
     }
 }
 
-// Upper bounds of H heads, from `first` on, on the scores of all blocks, to a.weight; and the slacks.
+// Upper weights of H heads, from `first` on, for all blocks; the slacks; the lower bounds of the sums.
 template <int H> void scan_heads(const ScanArgs & a, int first, const float * largest_step) {
     const int groups = (a.dim + 3) / 4;
     const int dim_padded = padded(a.dim);
     const float * query = a.query + first * dim_padded;
     HeadBound head[H];
-    float quantum[H];
-    for (int h = 0; h < H; ++h) {
-        const float largest = largest_scaled(query + h * dim_padded, largest_step, dim_padded);
-        head[h] = head_bound(largest, a.query_norm[first + h], a.dim, a.to_log2, a.reference[first + h], a.certified);
-        quantum[h] = head[h].quantum * a.to_log2;
-    }
     BlockQuery rounded[H];
+    __m512 lower[H];
+    for (int h = 0; h < H; ++h) {
+        const float * q = query + h * dim_padded;
+        const float largest = largest_scaled(q, largest_step, dim_padded);
+        head[h] = head_bound(largest, a.query_norm[first + h], a.dim, a.to_log2, a.reference[first + h], a.certified);
+        const __m512 inverse = _mm512_set1_ps(head[h].inverse);
+        for (int c = 0; c < dim_padded; c += kLanes) {
+            _mm512_store_ps(rounded[h].scaled + c, _mm512_mul_ps(_mm512_loadu_ps(q + c), inverse));
+        }
+        lower[h] = _mm512_setzero_ps();
+    }
     for (int b = 0; b < a.n_blocks; ++b) {
-        if (a.cells[b] == 0) {
-            for (int h = first; h < first + H; ++h) {
-                a.slack[h * a.slack_stride + b] = 0;  // weigh() sets the weights to 0
+        uint64_t cells[H];
+        uint64_t any = 0;
+        for (int h = 0; h < H; ++h) {
+            cells[h] = a.cells_of(first + h, b);
+            any |= cells[h];
+        }
+        float * out = a.weight + first * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
+        if (any == 0) {
+            for (int h = 0; h < H; ++h) {
+                a.slack[(first + h) * a.slack_stride + b] = 0;
+                for (int v = 0; v < kBlockVectors; ++v) {
+                    _mm512_storeu_ps(out + h * a.weight_stride + v * kLanes, _mm512_setzero_ps());
+                }
             }
             continue;
         }
-        alignas(16) float offset[4];
-        _mm_store_ps(offset, round_queries<H>(a, b, query, head, rounded));
+        alignas(16) float base[4];
+        _mm_store_ps(base, round_queries<H>(a, b, query, head, rounded));
+        ToWeight to[H];
+        float factor[H];
         for (int h = 0; h < H; ++h) {
-            const float slack = block_slack(head[h], a.bounds[b]);
+            const float slack = cells[h] != 0 ? block_slack(head[h], a.bounds[b]) : 0.0f;
             a.slack[(first + h) * a.slack_stride + b] = slack;
-            offset[h] = offset[h] * a.to_log2 - a.reference[first + h] + slack;
+            to[h] = to_weight(head[h], base[h], slack, a.dim, a.to_log2, a.reference[first + h]);
+            factor[h] = lower_factor(slack);
         }
         const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
-        float * out = a.weight + first * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
-        scan_half<H>(codes, groups, rounded, quantum, offset, out, a.weight_stride);
-        scan_half<H>(codes + kHalf * 64, groups, rounded, quantum, offset, out + kHalf * kLanes, a.weight_stride);
+        const uint8_t * next = b + 1 < a.n_blocks ? codes + groups * 4 * kBlockCells : a.next_codes != nullptr ? a.next_codes : codes;
+        __m512 sum[H];
+#pragma GCC unroll 4
+        for (__m512 & lane : sum) {
+            lane = _mm512_setzero_ps();
+        }
+        scan_half<H>(codes, next, groups, rounded, to, cells, 0, out, a.weight_stride, sum);
+        scan_half<H>(codes + kHalf * 64, next + kHalf * 64, groups, rounded, to, cells, kHalf * kLanes, out + kHalf * kLanes, a.weight_stride, sum);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+            lower[h] = _mm512_fmadd_ps(sum[h], _mm512_set1_ps(factor[h]), lower[h]);
+        }
+    }
+    for (int h = 0; h < H; ++h) {
+        a.lower[first + h] += static_cast<double>(_mm512_reduce_add_ps(lower[h]));
     }
 }
 
-// Scores of one head to weights, with the sums the oracle needs.
-void weigh(const ScanArgs & a, int head) {
-    __m512 candidate[kCandidates];
-    __m512 below[kCandidates];
-    for (int j = 0; j < kCandidates; ++j) {
-        candidate[j] = _mm512_set1_ps(a.candidate[j]);
-        below[j] = _mm512_setzero_ps();
-    }
-    __m512 lower = _mm512_setzero_ps();
-    const __m512 least = _mm512_set1_ps(kMinLog2);
-    for (int b = 0; b < a.n_blocks; ++b) {
-        float * weight = a.weight + head * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
-        const __m512 factor = _mm512_set1_ps(lower_factor(a.slack[head * a.slack_stride + b]));
-        for (int v = 0; v < kBlockVectors; ++v) {
-            const __mmask16 cells = static_cast<__mmask16>(a.cells[b] >> (v * kLanes));
-            // max(score, least) with the operands in this order keeps a NaN.
-            const __m512 p = _mm512_maskz_mov_ps(cells, exp2_ps(_mm512_max_ps(least, _mm512_loadu_ps(weight + v * kLanes))));
-            _mm512_storeu_ps(weight + v * kLanes, p);
-            lower = _mm512_fmadd_ps(p, factor, lower);
-            for (int j = 0; j < kCandidates; ++j) {
-                below[j] = _mm512_mask_add_ps(below[j], _mm512_cmp_ps_mask(p, candidate[j], _CMP_LT_OQ), below[j], p);
+// below[j] += the sum of the weights under candidate j, over the vectors at vector(0) to vector(count - 1).
+template <class F> inline void add_below(int count, F && vector, const float * candidate, double * below) {
+    constexpr int kTogether = 8;  // candidates, for the registers' sake
+    for (int first = 0; first < kCandidates; first += kTogether) {
+        __m512 threshold[kTogether];
+        __m512 sum[kTogether];
+#pragma GCC unroll 8
+        for (int j = 0; j < kTogether; ++j) {
+            threshold[j] = _mm512_set1_ps(candidate[first + j]);
+            sum[j] = _mm512_setzero_ps();
+        }
+        for (int i = 0; i < count; ++i) {
+            const __m512 p = _mm512_loadu_ps(vector(i));
+#pragma GCC unroll 8
+            for (int j = 0; j < kTogether; ++j) {
+                sum[j] = _mm512_mask_add_ps(sum[j], _mm512_cmp_ps_mask(p, threshold[j], _CMP_LT_OQ), sum[j], p);
             }
         }
-    }
-    a.lower[head] += static_cast<double>(_mm512_reduce_add_ps(lower));
-    for (int j = 0; j < kCandidates; ++j) {
-        a.below[head * kCandidates + j] += static_cast<double>(_mm512_reduce_add_ps(below[j]));
+#pragma GCC unroll 8
+        for (int j = 0; j < kTogether; ++j) {
+            below[first + j] += static_cast<double>(_mm512_reduce_add_ps(sum[j]));
+        }
     }
 }
 
 void scan(const ScanArgs & a) {
     alignas(64) float largest_step[kMaxDim];
     largest_steps(a, largest_step);
-    for (int first = 0; first < a.n_query; first += kScanHeads) {
-        switch (a.n_query - first) {
-            case 1: scan_heads<1>(a, first, largest_step); break;
-            case 2: scan_heads<2>(a, first, largest_step); break;
-            case 3: scan_heads<3>(a, first, largest_step); break;
-            default: scan_heads<4>(a, first, largest_step); break;
-        }
-    }
+    for_heads(a.n_query, [&]<int H>(int first) { scan_heads<H>(a, first, largest_step); });
+    static_assert(kBlockCells / kSampleStep == kLanes);
     for (int h = 0; h < a.n_query; ++h) {
-        weigh(a, h);
+        const float * weight = a.weight + h * a.weight_stride;
+        add_below(
+            a.n_blocks, [weight](int b) { return weight + b * kBlockCells + sampled_cell(b); }, a.candidate,
+            a.below + h * kCandidates);
     }
 }
 
 void sums_below(const float * weight, int64_t n, const float * candidate, double * below) {
     constexpr int64_t kRun = 512;  // weights summed in float32 before the sums go to float64
-    __m512 threshold[kCandidates];
-    for (int j = 0; j < kCandidates; ++j) {
-        threshold[j] = _mm512_set1_ps(candidate[j]);
-    }
     for (int64_t start = 0; start < n; start += kRun) {
-        const int64_t end = start + kRun < n ? start + kRun : n;
-        __m512 sum[kCandidates];
-        for (__m512 & lane : sum) {
-            lane = _mm512_setzero_ps();
-        }
-        for (int64_t i = start; i < end; i += kLanes) {
-            const __m512 p = _mm512_loadu_ps(weight + i);
-            for (int j = 0; j < kCandidates; ++j) {
-                sum[j] = _mm512_mask_add_ps(sum[j], _mm512_cmp_ps_mask(p, threshold[j], _CMP_LT_OQ), sum[j], p);
-            }
-        }
-        for (int j = 0; j < kCandidates; ++j) {
-            below[j] += static_cast<double>(_mm512_reduce_add_ps(sum[j]));
-        }
+        const int64_t count = (n - start < kRun ? n - start : kRun) / kLanes;
+        const float * run = weight + start;
+        add_below(static_cast<int>(count), [run](int i) { return run + i * kLanes; }, candidate, below);
     }
 }
 
-void select(const float * weight, int64_t weight_stride, const float * threshold, int n_query, int n_blocks, uint64_t * kept) {
-    for (int b = 0; b < n_blocks; ++b) {
-        uint64_t bits = kept[b];
-        for (int h = 0; h < n_query; ++h) {
-            const __m512 t = _mm512_set1_ps(threshold[h]);
-            const float * w = weight + h * weight_stride + static_cast<int64_t>(b) * kBlockCells;
-            for (int v = 0; v < kBlockVectors; ++v) {
-                // Not less than: a NaN is kept.
-                const __mmask16 reach = _mm512_cmp_ps_mask(_mm512_loadu_ps(w + v * kLanes), t, _CMP_NLT_UQ);
-                bits |= static_cast<uint64_t>(reach) << (v * kLanes);
-            }
-        }
-        kept[b] = bits;
+// Which of a block's 64 weights reach the threshold.
+inline uint64_t reaching(const float * weight, __m512 threshold) {
+    uint64_t bits = 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < kBlockVectors; ++v) {
+        // Not less than: a NaN is kept.
+        const __mmask16 reach = _mm512_cmp_ps_mask(_mm512_loadu_ps(weight + v * kLanes), threshold, _CMP_NLT_UQ);
+        bits |= static_cast<uint64_t>(reach) << (v * kLanes);
     }
+    return bits;
 }
 
-void dropped_sums(const float * weight, int64_t weight_stride, int n_query, const uint64_t * kept, int n_blocks, float * out,
-                  int64_t out_stride) {
-    for (int h = 0; h < n_query; ++h) {
-        for (int b = 0; b < n_blocks; ++b) {
-            const float * w = weight + h * weight_stride + static_cast<int64_t>(b) * kBlockCells;
-            __m512 sum = _mm512_setzero_ps();
-            for (int v = 0; v < kBlockVectors; ++v) {
-                const __mmask16 dropped = static_cast<__mmask16>(~(kept[b] >> (v * kLanes)));
-                sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(dropped, w + v * kLanes));
+// The sums, lane by lane, of a block's weights outside of `kept`.
+inline __m512 sum_outside(const float * weight, uint64_t kept) {
+    __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int v = 0; v < kBlockVectors; ++v) {
+        const __mmask16 outside = static_cast<__mmask16>(~(kept >> (v * kLanes)));
+        sum = _mm512_mask_add_ps(sum, outside, sum, _mm512_loadu_ps(weight + v * kLanes));
+    }
+    return sum;
+}
+
+void select(const SelectArgs & a) {
+    constexpr int kTogether = 4;  // blocks whose sums are added up across lanes together
+    for (int b0 = 0; b0 < a.n_blocks; b0 += kTogether) {
+        const int count = a.n_blocks - b0 < kTogether ? a.n_blocks - b0 : kTogether;
+        const float * weight = a.weight + static_cast<int64_t>(b0) * kBlockCells;
+        for (int h = 0; h < a.n_query; ++h) {
+            const __m512 threshold = _mm512_set1_ps(a.threshold[h]);
+            for (int b = 0; b < count; ++b) {
+                a.kept[b0 + b] |= reaching(weight + h * a.weight_stride + b * kBlockCells, threshold);
             }
-            out[h * out_stride + b] = _mm512_reduce_add_ps(sum);
+        }
+        for (int b = 0; b < count; ++b) {
+            a.kept[b0 + b] &= a.visible[b0 + b];
+        }
+        for (int h = 0; h < a.n_query; ++h) {
+            __m512 sum[kTogether];
+#pragma GCC unroll 4
+            for (int b = 0; b < kTogether; ++b) {
+                const int block = b < count ? b : 0;
+                sum[b] = sum_outside(weight + h * a.weight_stride + block * kBlockCells, a.kept[b0 + block]);
+            }
+            const __mmask8 valid = static_cast<__mmask8>((1u << count) - 1u);
+            _mm_mask_storeu_ps(a.dropped + h * a.dropped_stride + b0, valid, sums_of_4(sum));
         }
     }
 }
@@ -498,8 +661,8 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", rows_to_f32, dots,   largest,      exp2_sum,    accumulate,
-                                scan,     sums_below,  select, dropped_sums, mask_to_bits};
+const Kernels kAvx512Kernels = {"avx512",   rows_to_f32, dots,       largest, exp2_sum,
+                                accumulate, scan,        sums_below, select,  mask_to_bits};
 
 }  // namespace louver
 

@@ -20,6 +20,13 @@ inline constexpr double kWeightError = 0x1p-16;
 // Weights are kept at or above this, so that an upper bound never underflows to zero.
 inline constexpr float kMinLog2 = -120.0f;
 
+// The scan's upper weight of x is 2^floor(x) * (1 + x - floor(x)), the chord of 2^x over each octave: the float whose bits are
+// the integer next to (x + kExponentBias) * kExponentUnit. It lies above 2^x, by this factor at most (docs/guarantee.md).
+inline constexpr float kExponentBias = 127.0f;
+inline constexpr float kExponentUnit = 0x1p23f;
+inline constexpr float kChordExcess = 1.06148f;
+inline constexpr float kMeanChordExcess = 1.0406f;
+
 // The query scaled by a block's steps is rounded to integers in -kQueryLevels..kQueryLevels, each 256 * high + low with
 // high and low in int8: two integer dot products with the codes. (One of 8 bits left two thirds of the slack to the query's
 // rounding: docs/performance.md.)
@@ -27,6 +34,9 @@ inline constexpr float kQueryLevels = 127.0f * 256.0f;
 
 // A query scaled by the steps that nowhere reaches this is rounded to zero: it is bounded without its codes.
 inline constexpr float kTinyScaledQuery = 0x1p-40f;
+
+// The norm of a query is at most this, so that it does not overflow when it is scaled to levels (by 2^40 * kQueryLevels at most).
+inline constexpr float kMaxQueryNorm = 0x1p72f;
 
 // One query head against a run of blocks: how its scaled query q * step is rounded to levels * quantum, and the slack of a
 // block as a linear form in what the index knows of the block. In log2 units where not said otherwise.
@@ -59,7 +69,7 @@ static inline HeadBound head_bound(float largest, float query_norm, int dim, flo
     bound.residual = query_norm * unit;
     bound.code = off * unit;
     bound.center = rounding * query_norm * unit;
-    bound.constant = (rounding * 384.0f * d * largest * to_log2 + 8.0f * kUnit * std::fabs(reference)) * kNormInflation;
+    bound.constant = (rounding * 384.0f * d * largest * to_log2 + 8.0f * kUnit * (std::fabs(reference) + 2.0f * kExponentBias)) * kNormInflation;
     return bound;
 }
 
@@ -67,10 +77,30 @@ static inline float block_slack(const HeadBound & head, const BlockBounds & bloc
     return head.residual * block.residual_norm + head.code * block.code_norm + head.center * block.center_norm + head.constant;
 }
 
-// At most 2^(-2 * slack), the factor from a cell's upper weight down to its lower: (1 - x/4)^4 <= e^-x for 0 <= x <= 4.
+// What turns a query's integer dot products with a block's codes into upper weights (kExponentUnit): dot * scale + offset.
+struct ToWeight {
+    float scale;
+    float offset;
+};
+
+// The offset is infinity, which makes every weight infinite, where the sum may overflow on the way: a step that ended at
+// -infinity would be no bound.
+static inline ToWeight to_weight(const HeadBound & head, float base, float slack, int dim, float to_log2, float reference) {
+    ToWeight to;
+    to.scale = head.quantum * (to_log2 * kExponentUnit);
+    to.offset = (base * to_log2 - reference + slack + kExponentBias) * kExponentUnit;
+    const float most = std::fabs(to.offset) + to.scale * (255.0f * kQueryLevels * static_cast<float>(dim));
+    if (!(most < 0x1p127f)) {
+        to.offset = HUGE_VALF;
+    }
+    return to;
+}
+
+// At most 2^(-2 * slack) / kChordExcess, the factor from a cell's upper weight down to its lower: (1 - x/4)^4 <= e^-x for
+// 0 <= x <= 4.
 static inline float lower_factor(float slack) {
     const float root = 1.0f - slack * 0.34658f;  // 2 ln 2 / 4, rounded up
-    return root > 0.0f ? root * root * root * root * (1.0f - 0x1p-20f) : 0.0f;
+    return root > 0.0f ? root * root * root * root * ((1.0f - 0x1p-20f) / kChordExcess) : 0.0f;
 }
 
 }  // namespace louver

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels/bounds.h"
 #include "kernels/kernels.h"
@@ -10,6 +11,22 @@
 
 namespace louver {
 namespace {
+
+// Whether any head has something to scan in the block.
+bool scans(const ScanArgs & a, int block) {
+    for (int h = 0; h < a.n_query; ++h) {
+        if (a.cells_of(h, block) != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+uint16_t scale_of(const std::byte * group) {
+    uint16_t scale;
+    std::memcpy(&scale, group, sizeof(scale));
+    return scale;
+}
 
 void row_to_f32(DType type, const std::byte * row, int dim, float * out) {
     switch (type) {
@@ -25,15 +42,21 @@ void row_to_f32(DType type, const std::byte * row, int dim, float * out) {
         case DType::q8_0:
             for (int c = 0; c < dim; ++c) {
                 const std::byte * group = row + c / 32 * 34;
-                uint16_t scale;
-                std::memcpy(&scale, group, sizeof(scale));
-                out[c] = f16_to_f32(scale) * static_cast<float>(static_cast<int8_t>(group[2 + c % 32]));
+                out[c] = f16_to_f32(scale_of(group)) * static_cast<float>(static_cast<int8_t>(group[2 + c % 32]));
+            }
+            break;
+        case DType::q4_0:
+            for (int c = 0; c < dim; ++c) {
+                const std::byte * group = row + c / 32 * 18;
+                const int both = static_cast<int>(group[2 + c % 16]);
+                const int level = c % 32 < 16 ? both & 15 : both >> 4;
+                out[c] = f16_to_f32(scale_of(group)) * static_cast<float>(level - 8);
             }
             break;
     }
 }
 
-void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out, const Ahead &) {
+void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out) {
     const int dim_padded = padded(rows.dim);
     for (int i = 0; i < n; ++i, out += dim_padded) {
         row_to_f32(rows.type, rows.row(cells ? cells[i] : i), rows.dim, out);
@@ -41,12 +64,16 @@ void rows_to_f32(const Rows & rows, const int32_t * cells, int n, float * out, c
     }
 }
 
-void dots(const float * query, int n_query, const float * keys, int n, int dim_padded, float * out, int64_t out_stride) {
-    for (int h = 0; h < n_query; ++h) {
-        for (int i = 0; i < n; ++i) {
+void dots(const float * query, int n_query, const Rows & keys, const int32_t * cells, int n, float * out, int64_t out_stride,
+          const Ahead &) {
+    const int dim_padded = padded(keys.dim);
+    float key[kMaxDim];
+    for (int i = 0; i < n; ++i) {
+        row_to_f32(keys.type, keys.row(cells ? cells[i] : i), keys.dim, key);
+        for (int h = 0; h < n_query; ++h) {
             float sum = 0;
-            for (int c = 0; c < dim_padded; ++c) {
-                sum += query[h * dim_padded + c] * keys[i * dim_padded + c];
+            for (int c = 0; c < keys.dim; ++c) {
+                sum += query[h * dim_padded + c] * key[c];
             }
             out[h * out_stride + i] = sum;
         }
@@ -73,16 +100,21 @@ float exp2_sum(float * x, int n, float scale, float shift) {
     return sum;
 }
 
-void accumulate(const float * weight, int64_t weight_stride, const float * rescale, int n_query, const float * values, int n,
-                int dim_padded, float * acc) {
+void accumulate(const float * weight, int64_t weight_stride, const float * rescale, int n_query, const Rows & values,
+                const int32_t * cells, int n, float * acc, const Ahead &) {
+    const int dim_padded = padded(values.dim);
     for (int h = 0; h < n_query; ++h) {
-        float * out = acc + h * dim_padded;
-        for (int c = 0; c < dim_padded; ++c) {
-            float sum = out[c] * rescale[h];
-            for (int i = 0; i < n; ++i) {
-                sum += weight[h * weight_stride + i] * values[i * dim_padded + c];
+        for (int c = 0; c < values.dim; ++c) {
+            acc[h * dim_padded + c] *= rescale[h];
+        }
+    }
+    float value[kMaxDim];
+    for (int i = 0; i < n; ++i) {
+        row_to_f32(values.type, values.row(cells ? cells[i] : i), values.dim, value);
+        for (int h = 0; h < n_query; ++h) {
+            for (int c = 0; c < values.dim; ++c) {
+                acc[h * dim_padded + c] += weight[h * weight_stride + i] * value[c];
             }
-            out[c] = sum;
         }
     }
 }
@@ -92,11 +124,21 @@ float largest_scaled(const ScanArgs & a, int head) {
     const int dim_padded = padded(a.dim);
     float largest = 0;
     for (int b = 0; b < a.n_blocks; ++b) {
-        for (int c = 0; c < a.dim && a.cells[b] != 0; ++c) {
+        for (int c = 0; c < a.dim && scans(a, b); ++c) {
             largest = std::max(largest, std::fabs(a.query[head * dim_padded + c] * bf16_to_f32(a.step[b * dim_padded + c])));
         }
     }
     return largest;
+}
+
+// Upper bound on 2^(scaled / kExponentUnit - kExponentBias): the float with those bits.
+float upper_weight(float scaled) {
+    constexpr float kMost = 255.0f * kExponentUnit;  // the bits of infinity
+    if (!(scaled < kMost)) {
+        return std::numeric_limits<float>::infinity();
+    }
+    const float least = (kMinLog2 + kExponentBias) * kExponentUnit;
+    return f32_from_bits(static_cast<uint32_t>(std::nearbyint(std::max(scaled, least))));
 }
 
 void scan(const ScanArgs & a) {
@@ -109,44 +151,45 @@ void scan(const ScanArgs & a) {
             float * weight = a.weight + h * a.weight_stride + static_cast<int64_t>(b) * kBlockCells;
             std::fill(weight, weight + kBlockCells, 0.0f);
             a.slack[h * a.slack_stride + b] = 0;
-            if (a.cells[b] == 0) {
+            const uint64_t cells = a.cells_of(h, b);
+            if (cells == 0) {
                 continue;
             }
             // The query, scaled by the block's steps and rounded to integers; and what completes their dots with the codes.
             const uint16_t * center = a.center + static_cast<int64_t>(b) * dim_padded;
             const uint16_t * step = a.step + static_cast<int64_t>(b) * dim_padded;
-            int32_t level[1024];
+            int32_t level[kMaxDim];
+            int32_t levels = 0;
             float base = 0;
             for (int c = 0; c < a.dim; ++c) {
-                // In this order nothing overflows: no scaled query exceeds the largest one.
-                const float rounded = std::nearbyint(query[c] * bf16_to_f32(step[c]) * head.inverse);
-                level[c] = std::isfinite(rounded) ? static_cast<int32_t>(rounded) : 0;  // else the base is not finite either
-                base += query[c] * bf16_to_f32(center[c]) - 128.0f * head.quantum * rounded;
+                level[c] = static_cast<int32_t>(std::nearbyint(query[c] * head.inverse * bf16_to_f32(step[c])));
+                levels += level[c];
+                base += query[c] * bf16_to_f32(center[c]);
             }
+            base -= 128.0f * head.quantum * static_cast<float>(levels);
             const float slack = block_slack(head, a.bounds[b]);
-            const float offset = base * a.to_log2 - a.reference[h] + slack;
+            const ToWeight to = to_weight(head, base, slack, a.dim, a.to_log2, a.reference[h]);
             a.slack[h * a.slack_stride + b] = slack;
 
             const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
             double sum = 0;
             for (int i = 0; i < kBlockCells; ++i) {
-                if ((a.cells[b] >> i & 1) == 0) {
+                if ((cells >> i & 1) == 0) {
                     continue;
                 }
                 int64_t dot = 0;
                 for (int c = 0; c < a.dim; ++c) {
                     dot += int64_t{level[c]} * codes[(c / 4 * kBlockCells + i) * 4 + c % 4];
                 }
-                const float score = static_cast<float>(dot) * (head.quantum * a.to_log2) + offset;
-                weight[i] = std::exp2(score < kMinLog2 ? kMinLog2 : score);
+                weight[i] = upper_weight(static_cast<float>(dot) * to.scale + to.offset);
                 sum += weight[i];
-                for (int j = 0; j < kCandidates; ++j) {
-                    if (weight[i] < a.candidate[j]) {
-                        a.below[h * kCandidates + j] += weight[i];
-                    }
-                }
             }
             a.lower[h] += sum * lower_factor(slack);
+            for (int i = sampled_cell(b); i < sampled_cell(b) + kBlockCells / kSampleStep; ++i) {
+                for (int j = 0; j < kCandidates; ++j) {
+                    a.below[h * kCandidates + j] += weight[i] < a.candidate[j] ? weight[i] : 0.0f;
+                }
+            }
         }
     }
 }
@@ -161,30 +204,24 @@ void sums_below(const float * weight, int64_t n, const float * candidate, double
     }
 }
 
-void select(const float * weight, int64_t weight_stride, const float * threshold, int n_query, int n_blocks, uint64_t * kept) {
-    for (int b = 0; b < n_blocks; ++b) {
-        for (int h = 0; h < n_query; ++h) {
+void select(const SelectArgs & a) {
+    for (int b = 0; b < a.n_blocks; ++b) {
+        const int64_t start = static_cast<int64_t>(b) * kBlockCells;
+        for (int h = 0; h < a.n_query; ++h) {
             for (int i = 0; i < kBlockCells; ++i) {
                 // Negated, so that a NaN is kept.
-                if (!(weight[h * weight_stride + static_cast<int64_t>(b) * kBlockCells + i] < threshold[h])) {
-                    kept[b] |= uint64_t{1} << i;
+                if (!(a.weight[h * a.weight_stride + start + i] < a.threshold[h])) {
+                    a.kept[b] |= uint64_t{1} << i;
                 }
             }
         }
-    }
-}
-
-void dropped_sums(const float * weight, int64_t weight_stride, int n_query, const uint64_t * kept, int n_blocks, float * out,
-                  int64_t out_stride) {
-    for (int h = 0; h < n_query; ++h) {
-        for (int b = 0; b < n_blocks; ++b) {
+        a.kept[b] &= a.visible[b];
+        for (int h = 0; h < a.n_query; ++h) {
             float sum = 0;
             for (int i = 0; i < kBlockCells; ++i) {
-                if ((kept[b] >> i & 1) == 0) {
-                    sum += weight[h * weight_stride + static_cast<int64_t>(b) * kBlockCells + i];
-                }
+                sum += (a.kept[b] >> i & 1) == 0 ? a.weight[h * a.weight_stride + start + i] : 0.0f;
             }
-            out[h * out_stride + b] = sum;
+            a.dropped[h * a.dropped_stride + b] = sum;
         }
     }
 }
@@ -204,7 +241,7 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", rows_to_f32, dots,   largest,      exp2_sum,    accumulate,
-                                scan,     sums_below,  select, dropped_sums, mask_to_bits};
+const Kernels kScalarKernels = {"scalar",   rows_to_f32, dots,       largest, exp2_sum,
+                                accumulate, scan,        sums_below, select,  mask_to_bits};
 
 }  // namespace louver

@@ -7,6 +7,7 @@ namespace louver {
 
 extern const Kernels kScalarKernels;
 #ifdef LOUVER_X86
+extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
