@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from ._libraries import llama_cpp
 from .bench_progress import Advance, Watch
 from .bench_states import StateFolder
-from .config import MAX_CELLS, LouverConfig
+from .config import LouverConfig
 from .llama import Llama
 
 _SEQUENCE = 0
+_SERVED_TOKENS = 16  # kMaxTokens of the extension: a step of more is stock's
 
 
 class FilledCache:
@@ -69,12 +70,12 @@ class FilledCache:
         return not window or self.depth == 0 or 0 <= first <= max(0, self.depth - window)
 
     def _evaluate(self, depth: int, advance: Advance | None = None) -> None:
-        # Stock attends, however short a step is, and the index is built on the way.
-        self.llm.louver = LouverConfig(min_context=MAX_CELLS)
         self.set_threads(self._n_threads)
         while self.llm.n_tokens < depth:
             end = min(self.llm.n_tokens + self.llm.context_params.n_ubatch, depth)
             step = self.tokens[self.llm.n_tokens : end]
+            # Enabled, the index is built on the way; but stock is to attend, to short steps too.
+            self.llm.louver = LouverConfig(enabled=len(step) > _SERVED_TOKENS)
             self.llm.eval(step)
             llama_cpp.llama_synchronize(self.llm.ctx)
             if advance is not None:

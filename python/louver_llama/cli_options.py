@@ -161,6 +161,7 @@ def _add_sampling(run: argparse.ArgumentParser) -> None:
 
 
 def add_rope(run: argparse.ArgumentParser) -> None:
+    """Give ``run`` the options of RoPE."""
     group = run.add_argument_group("RoPE")
     group.add_argument("--rope-scaling", choices=ROPE_SCALINGS, help="(default: the model's)")
     _value(group, "--rope-scale", _number(0), 0.0, "extends the context by this factor, 0 for the model's")

@@ -15,7 +15,7 @@ class LouverConfig:
     """How Louver attends. To change it: ``llm.louver = dataclasses.replace(llm.louver, epsilon=0.1)``.
 
     epsilon: bound on the softmax mass dropped per head and step, in [0, 1); 0 is dense attention.
-    min_context: visible cells below which all of them are attended, by our own dense kernel: an index gains nothing there.
+    min_context: visible cells below which all of them are attended, by our own dense kernel.
     sinks: how many of the first cells are always attended.
     recent: how many of the newest cells are always attended.
     guarantee: "certified" proves the bound for every head and step; "estimated" aims at it without proof.

@@ -6,7 +6,7 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -48,10 +48,10 @@ class GridIndex {
     int64_t indexed_cells() const;
 
     // The planes from a block on, as ScanArgs wants them.
-    const uint8_t * codes(int block) const { return codes_.get() + static_cast<size_t>(block) * codes_per_block(); }
-    const uint16_t * center(int block) const { return grid_.get() + static_cast<size_t>(block) * key_padded(); }
+    const uint8_t * codes(int block) const { return codes_ + static_cast<size_t>(block) * codes_per_block(); }
+    const uint16_t * center(int block) const { return grid_ + static_cast<size_t>(block) * key_padded(); }
     const uint16_t * step(int block) const { return center(n_blocks_) + static_cast<size_t>(block) * key_padded(); }
-    const BlockBounds * bounds(int block) const { return bounds_.get() + block; }
+    const BlockBounds * bounds(int block) const { return bounds_ + block; }
     // Mean of the indexed values of each block, bfloat16, a row of padded(value_dim) each.
     Rows value_means() const;
 
@@ -59,27 +59,27 @@ class GridIndex {
     size_t codes_per_block() const { return static_cast<size_t>(key_dim_ + 3) / 4 * 4 * kBlockCells; }
     size_t key_padded() const { return static_cast<size_t>(padded(key_dim_)); }
     size_t value_padded() const { return static_cast<size_t>(padded(value_dim_)); }
-    uint16_t * center_of(int block) { return grid_.get() + static_cast<size_t>(block) * key_padded(); }
-    uint16_t * step_of(int block) { return grid_.get() + static_cast<size_t>(n_blocks_ + block) * key_padded(); }
+    uint16_t * center_of(int block) { return grid_ + static_cast<size_t>(block) * key_padded(); }
+    uint16_t * step_of(int block) { return grid_ + static_cast<size_t>(n_blocks_ + block) * key_padded(); }
 
     void set_grid(int block, uint64_t cells, const float * keys);
     bool encode(int block, int cell, const float * key);
     void summarize_values(int block, uint64_t cells, const float * values);
 
-    template <class T> struct Free {
-        void operator()(T * p) const { std::free(p); }
+    struct Unmap {
+        size_t bytes;
+        void operator()(std::byte * memory) const;
     };
-    template <class T> using Plane = std::unique_ptr<T[], Free<T>>;
-    template <class T> static Plane<T> reserve(size_t count);
 
     int key_dim_;
     int value_dim_;
     int64_t n_cells_;
     int n_blocks_;
-    Plane<uint8_t> codes_;       // [n_blocks][key_dim/4][64][4]: 4 channels of a key side by side, as the dot product reads them
-    Plane<uint16_t> grid_;       // [2][n_blocks][key_padded] bfloat16: centres, then steps
-    Plane<uint16_t> means_;      // [n_blocks][value_padded] bfloat16
-    Plane<BlockBounds> bounds_;  // [n_blocks]
+    std::unique_ptr<std::byte, Unmap> memory_;  // of the next four
+    uint8_t * codes_;       // [n_blocks][key_dim/4][64][4]: 4 channels of a key side by side, as the dot product reads them
+    uint16_t * grid_;       // [2][n_blocks][key_padded] bfloat16: centres, then steps
+    uint16_t * means_;      // [n_blocks][value_padded] bfloat16; read with weight 0 where nothing is indexed
+    BlockBounds * bounds_;  // [n_blocks]
     std::vector<uint64_t> indexed_;
     std::vector<uint64_t> not_finite_;  // cells seen to hold a NaN or an infinity, until they are rewritten
     std::vector<uint8_t> built_;

@@ -223,6 +223,7 @@ class Decoder {
             for (int g = 0; g < t_.n_head_kv; ++g) {
                 select_chunk(g, first, count);
                 add_upper(g, first, count);
+                prefetch_keys(g, first, count);
             }
         });
         barrier(&PhaseTimes::select);
@@ -375,6 +376,20 @@ class Decoder {
         args.dropped = dropped(q0, first);
         args.dropped_stride = s_.n_blocks;
         k_.select(args);
+    }
+
+    // The survivors' keys on their way to L2, while the next chunks are selected.
+    void prefetch_keys(int kv_head, int first, int count) const {
+        const Rows & keys = t_.keys[kv_head];
+        const int64_t bytes = static_cast<int64_t>(row_bytes(keys.type, keys.dim));
+        for (int b = first; b < first + count; ++b) {
+            for (uint64_t left = *kept(kv_head, b); left != 0; left &= left - 1) {
+                const std::byte * row = keys.row(static_cast<int64_t>(b) * kBlockCells + std::countr_zero(left));
+                for (int64_t offset = 0; offset < bytes; offset += 64) {
+                    __builtin_prefetch(row + offset, 0, 2);
+                }
+            }
+        }
     }
 
     void add_upper(int kv_head, int first, int count) {

@@ -148,15 +148,15 @@ Verdict decide(const AttentionView & a, int n_threads) {
 // This thread's chunks of blocks: which cells each query sees, and the index of the blocks that are complete.
 void see_and_repair(const AttentionView & a, const Work & work, Cache & cache, bool only_last_token, int rank, int team_size) {
     const int n_blocks = n_blocks_for(a.n_kv);
-    const int n_chunks = (n_blocks + kChunkBlocks - 1) / kChunkBlocks;
+    // A prefill fills a few blocks in a row, which every thread should have its share of.
+    const int chunk = only_last_token ? 1 : kChunkBlocks;
     int64_t blocks_built = 0;
     int64_t cells_encoded = 0;
     bool plain = true;
     const int first_token = only_last_token ? a.n_token - 1 : 0;
     for (int stream = 0; stream < a.n_stream; ++stream) {
-        for (int chunk = rank; chunk < n_chunks; chunk += team_size) {
-            const int first = chunk * kChunkBlocks;
-            const int count = std::min(kChunkBlocks, n_blocks - first);
+        for (int first = rank * chunk; first < n_blocks; first += team_size * chunk) {
+            const int count = std::min(chunk, n_blocks - first);
             // One block more than the chunk: a block is complete as soon as its successor is in use.
             uint64_t any[kChunkBlocks + 1] = {};
             for (int token = first_token; token < a.n_token; ++token) {

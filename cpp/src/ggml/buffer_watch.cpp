@@ -6,6 +6,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml/registry.h"
+#include "index/pages.h"
 
 namespace louver {
 namespace {
@@ -83,6 +84,8 @@ void watch_buffer(ggml_backend_buffer_t buffer) {
     if (!watched().interfaces.try_emplace(buffer, buffer->iface).second) {
         return;
     }
+    // Our gathers are what profits; stock's kernel reads the same either way.
+    collapse_to_huge_pages(ggml_backend_buffer_get_base(buffer), buffer->size);
     // An operation the buffer lacks stays missing: ggml takes its absence as an answer.
     const auto wrap = [](auto & slot, auto * wrapper) {
         if (slot != nullptr) {

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "index/huge_pages.h"
+#include "index/pages.h"
 #include "kernels/kernels.h"
 #include "kernels/numeric.h"
 
@@ -58,17 +58,7 @@ double norm(const float * x, int n) {
 
 }  // namespace
 
-template <class T> GridIndex::Plane<T> GridIndex::reserve(size_t count) {
-    const size_t wanted = std::max<size_t>(count, 1) * sizeof(T);
-    const size_t alignment = wanted < kHugePage ? 64 : kHugePage;
-    const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
-    void * memory = std::aligned_alloc(alignment, bytes);
-    if (memory == nullptr) {
-        throw std::bad_alloc();
-    }
-    prefer_huge_pages(memory, bytes);
-    return Plane<T>(static_cast<T *>(memory));
-}
+void GridIndex::Unmap::operator()(std::byte * memory) const { unmap_pages(memory, bytes); }
 
 GridIndex::GridIndex(int key_dim, int value_dim, int64_t n_cells)
     : key_dim_(key_dim), value_dim_(value_dim), n_cells_(n_cells), n_blocks_(n_blocks_for(n_cells)) {
@@ -80,11 +70,17 @@ GridIndex::GridIndex(int key_dim, int value_dim, int64_t n_cells)
         throw std::invalid_argument("GridIndex: " + std::to_string(n_cells) + " cells, accepted are 0 to 2^31 - 1");
     }
     const size_t blocks = static_cast<size_t>(n_blocks_);
-    codes_ = reserve<uint8_t>(blocks * codes_per_block());
-    grid_ = reserve<uint16_t>(2 * blocks * key_padded());
-    means_ = reserve<uint16_t>(blocks * value_padded());
-    std::fill_n(means_.get(), blocks * value_padded(), uint16_t{0});  // read with weight 0 where nothing is indexed
-    bounds_ = reserve<BlockBounds>(blocks);
+    const auto in_lines = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+    const size_t codes_bytes = in_lines(blocks * codes_per_block());
+    const size_t grid_bytes = in_lines(2 * blocks * key_padded() * sizeof(uint16_t));
+    const size_t means_bytes = in_lines(blocks * value_padded() * sizeof(uint16_t));
+    const size_t bytes = codes_bytes + grid_bytes + means_bytes + blocks * sizeof(BlockBounds);
+    memory_ = std::unique_ptr<std::byte, Unmap>(map_pages(bytes), Unmap{bytes});
+    std::byte * next = memory_.get();
+    codes_ = reinterpret_cast<uint8_t *>(next);
+    grid_ = reinterpret_cast<uint16_t *>(next += codes_bytes);
+    means_ = reinterpret_cast<uint16_t *>(next += grid_bytes);
+    bounds_ = reinterpret_cast<BlockBounds *>(next + means_bytes);
     indexed_.assign(blocks, 0);
     not_finite_.assign(blocks, 0);
     built_.assign(blocks, 0);
@@ -226,7 +222,7 @@ bool GridIndex::encode(int block, int cell, const float * key) {
     bounds.code_norm = std::max(bounds.code_norm, rounded_up(std::sqrt(static_cast<double>(code_squared))));
     bounds.key_norm = std::max(bounds.key_norm, rounded_up(norm(key, key_dim_)));
 
-    uint8_t * codes = codes_.get() + static_cast<size_t>(block) * codes_per_block();
+    uint8_t * codes = codes_ + static_cast<size_t>(block) * codes_per_block();
     for (int g = 0; g < (key_dim_ + 3) / 4; ++g) {
         std::copy(code + 4 * g, code + 4 * g + 4, codes + (g * kBlockCells + cell) * 4);
     }
@@ -235,7 +231,7 @@ bool GridIndex::encode(int block, int cell, const float * key) {
 
 void GridIndex::summarize_values(int block, uint64_t cells, const float * values) {
     BlockBounds & bounds = bounds_[static_cast<size_t>(block)];
-    uint16_t * mean = means_.get() + static_cast<size_t>(block) * value_padded();
+    uint16_t * mean = means_ + static_cast<size_t>(block) * value_padded();
     const float count = static_cast<float>(std::popcount(cells));
     std::fill(mean, mean + value_padded(), uint16_t{0});
     for (int c = 0; c < value_dim_; ++c) {
@@ -273,7 +269,7 @@ int64_t GridIndex::indexed_cells() const {
 }
 
 Rows GridIndex::value_means() const {
-    return {reinterpret_cast<const std::byte *>(means_.get()), static_cast<int64_t>(value_padded() * sizeof(uint16_t)),
+    return {reinterpret_cast<const std::byte *>(means_), static_cast<int64_t>(value_padded() * sizeof(uint16_t)),
             value_dim_, DType::bf16};
 }
 

@@ -194,10 +194,14 @@ template <DType kType, int H> inline void dots_heads(const float * query, const 
                 add(c, key);
             }
         }
-        const __mmask8 valid = static_cast<__mmask8>((1u << count) - 1u);
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-            _mm_mask_storeu_ps(out + h * out_stride + i0, valid, sums_of_4(sum[h]));
+            float * to = out + h * out_stride + i0;
+            if (count == kKeys) {
+                _mm_storeu_ps(to, sums_of_4(sum[h]));
+            } else {
+                _mm_mask_storeu_ps(to, static_cast<__mmask8>((1u << count) - 1u), sums_of_4(sum[h]));
+            }
         }
     }
 }
