@@ -20,7 +20,7 @@ from louver_llama._libraries import core as _core
 logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # llama.cpp's log goes there
 llama_cpp.llama_backend_init()
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 
 
 class Model:
@@ -248,7 +248,7 @@ _Tensor._fields_ = [
 
 def _read(tensor: _Tensor) -> np.ndarray:
     """A tensor as float64, axes in ggml's order reversed."""
-    bytes_per_row = {0: 4, 1: 2, 30: 2, 8: 34 / 32}[tensor.type] * tensor.ne[0]
+    bytes_per_row = {0: 4, 1: 2, 30: 2, 8: 34 / 32, 2: 18 / 32}[tensor.type] * tensor.ne[0]
     shape = tuple(reversed(tensor.ne))[:3] + (int(bytes_per_row),)
     strides = tuple(reversed(tensor.nb))[:3] + (1,)
     span = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
@@ -260,9 +260,13 @@ def _read(tensor: _Tensor) -> np.ndarray:
         return rows.view(np.float16).astype(np.float64)
     if tensor.type == 30:
         return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    blocks = rows.reshape(*shape[:3], -1, 34)
+    blocks = rows.reshape(*shape[:3], -1, {8: 34, 2: 18}[tensor.type])
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)
-    return (scales * blocks[..., 2:].view(np.int8)).reshape(*shape[:3], -1)
+    levels = blocks[..., 2:].view(np.int8)
+    if tensor.type == 2:
+        nibbles = blocks[..., 2:]
+        levels = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).view(np.int8) - np.int8(8)
+    return (scales * levels).reshape(*shape[:3], -1)
 
 
 class Tap:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,9 +177,19 @@ def weights(query: Float, keys: Float, visible: NDArray[np.bool_], scale: float)
     return softmax(keys[:n][visible].astype(np.float64) @ query.astype(np.float64) * scale)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What decode() found for one token."""
+
+    outcome: str
+    output: Float  # (n_head, value_dim)
+    certificates: list[core.HeadCertificate]  # (n_head,)
+    checked: core.CheckCounts  # of all tokens that shared the scan
+
+
 @dataclass
 class Layer:
-    """A layer's cache with its indexes, and the queries of one step."""
+    """A layer's cache with its indexes, and the queries of one token."""
 
     query: Float  # (n_head, key_dim)
     keys: Stored
@@ -207,10 +217,8 @@ class Layer:
         for index in self.index:
             index.invalidate(first, count)
 
-    def decode(self, **settings: float) -> core.Decoded:
-        return core.decode(
-            self.query, self.keys.cache, self.values.cache, self.index, self.visible, self.scale, **settings
-        )
+    def decode(self, **settings: float | list[bool]) -> Step:
+        return decode_together([self], **settings)[0]
 
     def dense(self) -> Double:
         return dense(self.query, self.keys.decoded(), self.values.decoded(), self.visible, self.scale)
@@ -220,6 +228,25 @@ class Layer:
         keys, values = self.keys.decoded(), self.values.decoded()
         for h in range(len(self.query)):
             yield h, keys[: len(self.visible), h // self.n_gqa], values[: len(self.visible), h // self.n_gqa]
+
+
+def decode_together(tokens: Sequence[Layer], **settings: float | list[bool]) -> list[Step]:
+    """Tokens that differ in their queries and in what they see of one cache, by one scan."""
+    layer, n_head = tokens[0], len(tokens[0].query)
+    decoded = core.decode(
+        np.stack([token.query for token in tokens]),
+        layer.keys.cache,
+        layer.values.cache,
+        layer.index,
+        np.stack([token.visible for token in tokens]),
+        layer.scale,
+        **settings,
+    )
+    output = decoded.output
+    return [
+        Step(decoded.outcome, output[t], decoded.certificates[t * n_head : (t + 1) * n_head], decoded.checked)
+        for t in range(len(tokens))
+    ]
 
 
 def make_layer(
@@ -253,3 +280,16 @@ def make_layer(
         scale=1 / math.sqrt(key_dim),
         visible=np.ones(n_kv, bool) if visible is None else visible,
     )
+
+
+def make_tokens(
+    rng: np.random.Generator, visible: NDArray[np.bool_], *, n_gqa: int = 2, **layer: object
+) -> list[Layer]:
+    """Tokens of one layer: ``visible`` (n_token, n_kv). Indexed is what any of them sees."""
+    n_token, n_kv = visible.shape
+    whole = make_layer(rng, n_kv, n_gqa=n_gqa * n_token, **layer).build(visible.any(axis=0))
+    queries = whole.query.reshape(-1, n_token, n_gqa, whole.keys.dim).swapaxes(0, 1)
+    return [
+        replace(whole, query=np.ascontiguousarray(query).reshape(-1, whole.keys.dim), visible=seen)
+        for query, seen in zip(queries, visible, strict=True)
+    ]

@@ -111,7 +111,7 @@ def test_run_with_a_grammar_and_escapes(model_path: str) -> None:
     assert louver_llama(*arguments, "--no-escape").stdout == "Yes or no?\\tAnswer:\\nno\n"
 
 
-@pytest.mark.parametrize("cache", ["f32", "bf16", "q8_0"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "q8_0", "q4_0"])
 def test_run_with_other_caches(model_path: str, cache: str) -> None:
     process = louver_llama(
         "run", "-m", model_path, "-p", PROMPT, "-ctk", cache, "-ctv", cache, *SMALL, "--check"
@@ -164,7 +164,7 @@ def test_conversation_of_one_turn(model_path: str) -> None:
         (["run", "-p", "x", "--grammar", "y", "--grammar-file", "z"], ["--grammar-file", "--grammar"]),
         (["run", "-p", "x", "-c", "many"], ["--ctx-size", "many"]),
         (["run", "-p", "x", "-c", "-1"], ["--ctx-size", "-1"]),
-        (["run", "-p", "x", "-ctk", "q4_0"], ["--cache-type-k", "q4_0"]),
+        (["run", "-p", "x", "-ctk", "q5_0"], ["--cache-type-k", "q5_0"]),
         (["run", "-p", "x", "--temp", "nan"], ["--temp", "nan"]),
         (["run", "-p", "x", "--epsilon", "1.5"], ["epsilon", "[0, 1)", "1.5"]),
         (["run", "-p", "x", "--epsilon", "nan"], ["epsilon", "[0, 1)", "nan"]),

@@ -6,13 +6,26 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from reference import ISAS, Double, Layer, Stored, core, make_layer, weights
+from reference import (
+    ISAS,
+    Double,
+    Float,
+    Layer,
+    Step,
+    Stored,
+    core,
+    decode_together,
+    make_layer,
+    make_tokens,
+    weights,
+)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 2, 3, 7, 8)
@@ -24,6 +37,8 @@ DTYPES = (
     ("f16", "q8_0"),
     ("q8_0", "f32"),
     ("bf16", "f16"),
+    ("q4_0", "q4_0"),
+    ("f16", "q4_0"),
 )
 LENGTHS = (1, 2, 63, 64, 65, 127, 500, 513, 1000, 1027)
 ROUNDING = 1e-4  # of float32 sums, on top of every bound; outputs are up to 16 long
@@ -34,21 +49,32 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(4)
 
 
-def errors(layer: Layer, result: core.Decoded) -> Double:
+def errors(layer: Layer, result: Step) -> Double:
     """|output - dense| of each head."""
     return np.linalg.norm(result.output - layer.dense(), axis=1)
 
 
-def check_step(layer: Layer, result: core.Decoded, epsilon: float) -> None:
+def check_step(layer: Layer, result: Step, epsilon: float) -> None:
     """What is promised of a step that ran with ``check``."""
-    assert result.outcome == "done"
-    n_visible, n_head = int(layer.visible.sum()), len(layer.query)
-    checked = result.checked
+    check_tokens([layer], [result], epsilon)
+
+
+def check_tokens(tokens: list[Layer], results: list[Step], epsilon: float) -> None:
+    """The same of each of several tokens that shared a scan."""
+    checked = results[0].checked
     assert (checked.misses, checked.bound_violations, checked.mass_violations) == (0, 0, 0)
-    assert checked.pairs == (n_visible * n_head if epsilon > 0 else 0)
+    pairs = sum(int(token.visible.sum()) * len(token.query) for token in tokens)
+    assert checked.pairs == (pairs if epsilon > 0 else 0)
+    for token, result in zip(tokens, results, strict=True):
+        check_certificates(token, result, epsilon)
+
+
+def check_certificates(layer: Layer, result: Step, epsilon: float) -> None:
+    assert result.outcome == "done"
+    n_visible = int(layer.visible.sum())
     for error, c in zip(errors(layer, result), result.certificates, strict=True):
         assert error <= c.error_bound + ROUNDING
-        assert 0 <= c.delta <= epsilon * (1 + 1e-3)
+        assert 0 <= c.delta <= epsilon
         assert c.n_visible == n_visible
         assert 0 <= c.n_attended <= n_visible and c.n_scanned <= n_visible
     for h, keys, _ in layer.heads():
@@ -58,20 +84,47 @@ def check_step(layer: Layer, result: core.Decoded, epsilon: float) -> None:
 
 
 def attended(layer: Layer, **settings: float) -> NDArray[np.bool_]:
-    """(n_head, n_kv): which cells the output holds, found without trusting any count.
+    """(n_head, n_kv): which cells the output holds, found without trusting any count."""
+    return attended_together([layer], **settings)[0]
+
+
+def attended_together(tokens: list[Layer], **settings: float) -> NDArray[np.bool_]:
+    """(n_token, n_head, n_kv): the same of tokens that share a scan.
 
     Values are replaced by unit vectors, as many cells at a time as there are channels, and compensation is
     off: a channel of the output is not zero exactly where its cell was attended.
     """
+    layer = tokens[0]
     n_kv, width = len(layer.visible), 256
-    found = np.zeros((len(layer.query), n_kv), bool)
+    found = np.zeros((len(tokens), len(layer.query), n_kv), bool)
+    seen = np.any([token.visible for token in tokens], axis=0)
     for first in range(0, n_kv, width):
         v = np.zeros((n_kv, layer.keys.cache.n_head, width), np.float32)
         v[np.arange(first, min(first + width, n_kv)), :, np.arange(min(width, n_kv - first))] = 1
-        probe = Layer(layer.query, layer.keys, Stored.of(v), layer.scale, layer.visible).build()
-        result = probe.decode(compensate=False, **settings)
-        found[:, first : first + width] = result.output[:, : n_kv - first] > 0
+        probe = replace(layer, values=Stored.of(v), visible=seen, index=[]).build()
+        probes = [replace(probe, query=token.query, visible=token.visible) for token in tokens]
+        for t, result in enumerate(decode_together(probes, compensate=False, **settings)):
+            found[t, :, first : first + width] = result.output[:, : n_kv - first] > 0
     return found
+
+
+def tokens_of_scores(rng: np.random.Generator, scores: Float, n_head_kv: int) -> list[Layer]:
+    """Tokens whose scores are given: (n_token, n_head, n_kv) in nats. Every query is a channel of its own."""
+    n_token, n_head, n_kv = scores.shape
+    n_gqa = n_head // n_head_kv
+    n_query = n_token * n_gqa
+    keys = (
+        scores.reshape(n_token, n_head_kv, n_gqa, n_kv)
+        .transpose(3, 1, 0, 2)
+        .reshape(n_kv, n_head_kv, n_query)
+    )
+    values = rng.normal(size=(n_kv, n_head_kv, 32)).astype(np.float32)
+    axes = np.eye(n_query, dtype=np.float32).reshape(n_token, n_gqa, n_query)
+    shared = Layer(
+        np.tile(axes[0], (n_head_kv, 1)), Stored.of(keys), Stored.of(values), 1.0, np.ones(n_kv, bool)
+    )
+    shared.build()
+    return [replace(shared, query=np.tile(axis, (n_head_kv, 1))) for axis in axes]
 
 
 # Dense
@@ -80,7 +133,7 @@ def attended(layer: Layer, **settings: float) -> NDArray[np.bool_]:
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_epsilon_0_is_dense(rng: np.random.Generator, dim: int, dtypes: tuple[str, str]) -> None:
-    if dim % 32 and "q8_0" in dtypes:
+    if dim % 32 and {"q8_0", "q4_0"} & set(dtypes):
         dtypes = ("f16", "bf16")
     for n_kv in LENGTHS:
         for n_threads in (1, 3):
@@ -147,7 +200,7 @@ def test_every_shape_keeps_its_promises(rng: np.random.Generator, dim: int, n_gq
 def test_every_cache_type_keeps_its_promises(
     rng: np.random.Generator, dim: int, dtypes: tuple[str, str]
 ) -> None:
-    if dim % 32 and "q8_0" in dtypes:
+    if dim % 32 and {"q8_0", "q4_0"} & set(dtypes):
         dtypes = ("bf16", "f32")
     layer = make_layer(rng, 900, key_dim=dim, dtypes=dtypes, gap=10).build()
     for epsilon in (0.02, 0.2):
@@ -226,11 +279,15 @@ def test_tau_is_right_to_the_last_key(rng: np.random.Generator) -> None:
     values = Stored.of(rng.normal(size=(n_kv, 1, 16)).astype(np.float32))
     layer = Layer(query, Stored.of(keys), values, 1.0, np.ones(n_kv, bool)).build()
     scores = keys[:, 0, 0].astype(float)
-    for epsilon in np.geomspace(1e-3, 0.5, 12):
+    chord = math.log(core.CHORD_EXCESS)  # how far an upper weight may lie above the exact one
+    sharp = 0
+    for epsilon in np.geomspace(1e-3, 0.5, 50):
         result = layer.decode(epsilon=epsilon, check=True, sinks=0, recent=0)
         check_step(layer, result, epsilon)
         (c,) = result.certificates
-        assert (scores >= c.tau).sum() <= c.n_attended <= (scores >= c.tau - 0.01).sum() + 1
+        assert (scores >= c.tau).sum() <= c.n_attended <= (scores >= c.tau - 0.01 - chord).sum() + 1
+        sharp += c.n_attended <= (scores >= c.tau - 0.01).sum() + 1
+    assert sharp > 5
 
 
 def test_a_group_shares_its_survivors(rng: np.random.Generator) -> None:
@@ -298,7 +355,7 @@ def test_unindexed_cells_are_attended(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("epsilon", [0, 0.05])
 def test_threads_agree_and_runs_repeat(rng: np.random.Generator, epsilon: float) -> None:
-    for n_kv in (65, 1400, 5003):
+    for n_kv in (65, 1400, 12000):
         layer = make_layer(rng, n_kv, n_gqa=3).build()
         one = layer.decode(epsilon=epsilon, n_threads=1)
         for n_threads in (1, 2, 3, 5):
@@ -307,10 +364,13 @@ def test_threads_agree_and_runs_repeat(rng: np.random.Generator, epsilon: float)
                 np.testing.assert_array_equal(run.output, runs[0].output)
                 for c, first in zip(run.certificates, runs[0].certificates, strict=True):
                     assert (c.tau, c.delta, c.error_bound) == (first.tau, first.delta, first.error_bound)
-            np.testing.assert_allclose(runs[0].output, one.output, atol=ROUNDING)
-            for c, first in zip(runs[0].certificates, one.certificates, strict=True):
-                assert c.n_attended == first.n_attended
-                assert c.delta == pytest.approx(first.delta, rel=1e-3)
+            apart = np.linalg.norm(runs[0].output - one.output, axis=1)
+            for d, c, first in zip(apart, runs[0].certificates, one.certificates, strict=True):
+                # In short contexts every thread takes smaller chunks, and the sample is another one.
+                same = epsilon == 0 or n_kv == 12000
+                assert d <= ROUNDING + (0 if same else c.error_bound + first.error_bound)
+                assert c.n_attended == pytest.approx(first.n_attended, rel=0 if same else 0.25)
+                assert c.delta == pytest.approx(first.delta, rel=1e-3 if same else 0.5)
 
 
 def test_check_changes_nothing(rng: np.random.Generator) -> None:
@@ -318,6 +378,194 @@ def test_check_changes_nothing(rng: np.random.Generator) -> None:
     plain, checked = layer.decode(), layer.decode(check=True)
     np.testing.assert_array_equal(plain.output, checked.output)
     assert plain.checked.pairs == 0
+
+
+# Several tokens share a scan
+
+
+def visibility(rng: np.random.Generator, kind: str, n_token: int, n_kv: int) -> NDArray[np.bool_]:
+    """(n_token, n_kv)."""
+    token, cell = np.arange(n_token)[:, None], np.arange(n_kv)
+    causal = cell < n_kv - n_token + 1 + token
+    return {
+        "causal": causal,
+        "alike": cell >= 0 * token,
+        "disjoint": cell % n_token == token,
+        "random": rng.uniform(size=(n_token, n_kv)) < 0.6,
+        "one sees nothing": causal & (token != n_token // 2),
+        "one sees one cell": np.where(token == 0, cell == n_kv // 2, causal),
+        "windows": (cell >= 40 * token) & (cell < n_kv // 2 + 40 * token),
+    }[kind]
+
+
+VISIBILITIES = ("causal", "alike", "disjoint", "random", "one sees nothing", "one sees one cell", "windows")
+
+
+@pytest.mark.parametrize("kind", VISIBILITIES)
+@pytest.mark.parametrize("n_token", [2, 5, 16])
+def test_tokens_that_share_a_scan_keep_their_promises(
+    rng: np.random.Generator, n_token: int, kind: str
+) -> None:
+    for n_kv, n_gqa, dim in ((70, 1, 64), (700, 8, 40), (1100, 3, 128)):
+        tokens = make_tokens(rng, visibility(rng, kind, n_token, n_kv), n_gqa=n_gqa, key_dim=dim)
+        for epsilon in (0.01, 0.2):
+            results = decode_together(tokens, epsilon=epsilon, check=True, recent=16, n_threads=1 + n_kv % 3)
+            check_tokens(tokens, results, epsilon)
+            for token, result in zip(tokens, results, strict=True):
+                n_visible = token.visible.sum()
+                assert all(c.n_scanned == n_visible for c in result.certificates)
+                if n_visible == 0:
+                    assert (result.output == 0).all()
+                    assert all(
+                        (c.n_attended, c.delta, c.error_bound) == (0, 0, 0) for c in result.certificates
+                    )
+
+
+@pytest.mark.parametrize("kind", VISIBILITIES)
+@pytest.mark.parametrize("n_token", [2, 5, 16])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_tokens_at_epsilon_0_are_dense_each(
+    rng: np.random.Generator, n_threads: int, n_token: int, kind: str
+) -> None:
+    for n_kv in (70, 1500):
+        tokens = make_tokens(rng, visibility(rng, kind, n_token, n_kv))
+        together = decode_together(tokens, epsilon=0, n_threads=n_threads)
+        check_tokens(tokens, together, 0)
+        for token, result in zip(tokens, together, strict=True):
+            alone = token.decode(epsilon=0, n_threads=n_threads)
+            np.testing.assert_allclose(result.output, alone.output, atol=ROUNDING)
+            for c, own in zip(result.certificates, alone.certificates, strict=True):
+                assert (c.n_visible, c.n_attended, c.n_scanned) == (own.n_visible, own.n_attended, 0)
+                assert (c.delta, c.error_bound, c.tau) == (0, 0, -math.inf)
+
+
+@pytest.mark.parametrize("kind", VISIBILITIES)
+def test_what_each_token_attends_seen_through_its_output(rng: np.random.Generator, kind: str) -> None:
+    tokens = make_tokens(rng, visibility(rng, kind, 4, 800), spread=3)
+    settings = {"epsilon": 0.1, "sinks": 5, "recent": 20}
+    found = attended_together(tokens, **settings)
+    for token, cells, result in zip(tokens, found, decode_together(tokens, **settings), strict=True):
+        assert not cells[:, ~token.visible].any()
+        shown = np.flatnonzero(token.visible)
+        assert cells[:, shown[:5]].all() and cells[:, shown[-20:]].all()
+        for (h, keys, _), c in zip(token.heads(), result.certificates, strict=True):
+            dots = keys.astype(float) @ token.query[h].astype(float)
+            assert cells[h, token.visible & (dots >= c.tau)].all()
+            assert cells[h].sum() == c.n_attended
+            if len(shown) > 0:
+                share = weights(token.query[h], keys, token.visible, token.scale)
+                assert share[~cells[h, token.visible]].sum() <= c.delta <= 0.1
+
+
+def test_tokens_with_unindexed_cells(rng: np.random.Generator) -> None:
+    # As in a real step: the last block has no grid yet, and the tokens' own cells lie there.
+    tokens = make_tokens(rng, visibility(rng, "causal", 6, 1000))
+    for token in tokens:
+        token.invalidate(960, 40)
+    results = decode_together(tokens, epsilon=0.1, check=True, recent=0, sinks=0)
+    check_tokens(tokens, results, 0.1)
+    for token, result in zip(tokens, results, strict=True):
+        for c in result.certificates:
+            assert c.n_scanned == 960 and c.n_attended >= token.visible[960:].sum()
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.05])
+def test_one_token_that_is_not_finite_leaves_all_to_stock(rng: np.random.Generator, epsilon: float) -> None:
+    tokens = make_tokens(rng, visibility(rng, "causal", 3, 500))
+    tokens[1].query[0, 3] = math.nan
+    for result in decode_together(tokens, epsilon=epsilon, n_threads=2):
+        assert result.outcome == "not_finite" and np.isnan(result.output).all()
+
+
+# Epsilon holds, whatever the scores
+
+
+REFERENCE = [*range(4), *range(-12, 0)]  # the cells whose largest score is a query's reference
+
+
+def scores_of(rng: np.random.Generator, kind: str, n_kv: int) -> Float:
+    """(n_kv,) nats. "far": the reference lies 10 to 40 nats below the best key."""
+    scores = rng.normal(size=n_kv) * 4
+    if kind == "far one":
+        scores[rng.integers(4, n_kv - 12)] = scores.max() + rng.uniform(10, 40)
+    elif kind == "far many":
+        scores[REFERENCE] = scores.max() - rng.uniform(10, 40)
+    elif kind == "far plateau":
+        scores = np.where(rng.uniform(size=n_kv) < 0.5, 0, -3) + rng.normal(size=n_kv) * 0.1
+        scores[REFERENCE] = -rng.uniform(10, 40)
+    elif kind == "far ramp":
+        scores = np.linspace(0, rng.uniform(10, 40), n_kv)
+        scores[REFERENCE] = 0
+    elif kind == "uniform":
+        scores *= 1e-3
+    elif kind == "wide":
+        scores *= 5
+    return scores.astype(np.float32)
+
+
+KINDS = ("usual", "far one", "far many", "far plateau", "far ramp", "uniform", "wide")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_epsilon_holds_whatever_the_heads_of_a_group(seed: int) -> None:
+    # Some heads' sampled thresholds end before epsilon does, and are raised; others' have to be lowered then.
+    rng = np.random.default_rng(seed)
+    n_head_kv, n_gqa, n_token = 2, int(rng.integers(1, 5)), int(rng.choice([1, 1, 2, 4]))
+    n_kv = int(rng.integers(100, 3000))
+    scores = [
+        [scores_of(rng, rng.choice(KINDS), n_kv) for _ in range(n_head_kv * n_gqa)] for _ in range(n_token)
+    ]
+    tokens = tokens_of_scores(rng, np.array(scores), n_head_kv)
+    for epsilon in (1e-3, 0.05, 0.3, 0.9):
+        for sinks, recent in ((0, 0), (4, 64)):
+            settings = {"epsilon": epsilon, "sinks": sinks, "recent": recent, "n_threads": 1 + seed % 3}
+            check_tokens(tokens, decode_together(tokens, check=True, **settings), epsilon)
+
+
+@pytest.mark.parametrize("kind", ["usual", "far many", "far ramp"])
+def test_epsilon_is_used_up(rng: np.random.Generator, kind: str) -> None:
+    # The control of the test above: mass is really dropped, so that epsilon could be exceeded.
+    for epsilon in (0.01, 0.05):
+        (token,) = tokens_of_scores(rng, np.array([[scores_of(rng, kind, 760)]]), 1)
+        settings = {"epsilon": epsilon, "sinks": 0, "recent": 0}
+        (c,) = token.decode(**settings).certificates
+        share = weights(token.query[0], token.keys.decoded()[:, 0], token.visible, 1.0)
+        truth = share[~attended(token, **settings)[0]].sum()
+        assert 0.5 * epsilon < truth <= c.delta <= epsilon
+
+
+# KV heads that are not scanned
+
+
+@pytest.mark.parametrize("n_token", [1, 3])
+@pytest.mark.parametrize("all_of", [[False, True, False], [True, True, True], [False, False, False]])
+def test_heads_that_are_not_scanned(rng: np.random.Generator, all_of: list[bool], n_token: int) -> None:
+    tokens = make_tokens(rng, visibility(rng, "causal", n_token, 1100), n_head_kv=3)
+    for n_threads in (1, 2):
+        settings = {"epsilon": 0.1, "check": True, "recent": 8, "n_threads": n_threads}
+        plain = decode_together(tokens, **settings)
+        mixed = decode_together(tokens, attend_all=all_of, **settings)
+        check_tokens(tokens, mixed, 0.1)
+        for token, result, scanned in zip(tokens, mixed, plain, strict=True):
+            n_visible = token.visible.sum()
+            error = errors(token, result)
+            for h, (c, other) in enumerate(zip(result.certificates, scanned.certificates, strict=True)):
+                if all_of[h // 2]:
+                    assert (c.n_scanned, c.n_attended, c.tau) == (0, n_visible, -math.inf)
+                    assert (c.delta, c.error_bound) == (0, 0) and error[h] < ROUNDING
+                else:
+                    for name in ("tau", "n_scanned", "n_attended", "delta", "error_bound"):
+                        assert getattr(c, name) == getattr(other, name)
+                    assert c.n_scanned == n_visible and c.n_attended < n_visible and c.delta > 0
+                    np.testing.assert_allclose(result.output[h], scanned.output[h], atol=ROUNDING)
+
+
+def test_heads_that_are_not_scanned_do_not_need_their_index(rng: np.random.Generator) -> None:
+    layer = make_layer(rng, 700).build()
+    for cell in range(100, 200):
+        layer.keys.write(cell, 1, layer.query[2])  # and nobody said so
+    assert layer.decode(check=True).checked.bound_violations > 0
+    check_step(layer, layer.decode(check=True, attend_all=[False, True]), 0.05)
 
 
 # Compensation, estimates
@@ -444,21 +692,21 @@ def test_every_isa_decodes_the_same(isa: str) -> None:
     # The kernels are chosen once per process.
     script = """
 import numpy as np
-from reference import make_layer, core
+from reference import decode_together, make_tokens
 from louver_llama import _core
 import sys
 assert _core.isa() == sys.argv[1]
-for dim, dtypes in ((64, ("f16", "f16")), (80, ("bf16", "f32")), (128, ("q8_0", "q8_0"))):
-    layer = make_layer(np.random.default_rng(5), 1100, key_dim=dim, dtypes=dtypes, n_gqa=3).build()
-    dense = layer.dense()
+causal = np.arange(1100) < np.arange(1098, 1101)[:, None]
+for dim, *dtypes in ((64, "f16", "f16"), (80, "bf16", "f32"), (128, "q8_0", "q8_0"), (64, "q4_0", "q4_0")):
+    tokens = make_tokens(np.random.default_rng(5), causal, key_dim=dim, dtypes=dtypes, n_gqa=1)
     for epsilon in (0, 0.05):
-        result = layer.decode(epsilon=epsilon, check=True, n_threads=2)
-        checked = result.checked
-        assert result.outcome == "done"
-        assert checked.misses == checked.bound_violations == checked.mass_violations == 0
-        for error, c in zip(np.linalg.norm(result.output - dense, axis=1), result.certificates):
-            assert error <= c.error_bound + 1e-4
-            assert epsilon == 0 or c.n_attended < 700
+        for token, result in zip(tokens, decode_together(tokens, epsilon=epsilon, check=True, n_threads=2)):
+            checked = result.checked
+            assert result.outcome == "done"
+            assert checked.misses == checked.bound_violations == checked.mass_violations == 0
+            for error, c in zip(np.linalg.norm(result.output - token.dense(), axis=1), result.certificates):
+                assert error <= c.error_bound + 1e-4
+                assert epsilon == 0 or c.n_attended < 700
 """
     environment = {**os.environ, "LOUVER_ISA": isa}
     done = subprocess.run(
@@ -503,6 +751,8 @@ def test_arguments_are_checked(rng: np.random.Generator) -> None:
         {"recent": -1},
         {"n_threads": 0},
         {"n_threads": 17},
+        {"attend_all": [True]},
+        {"attend_all": [True] * 3},
     ):
         with pytest.raises(ValueError):
             layer.decode(**settings)

@@ -412,17 +412,19 @@ def test_settings_change_between_steps(model: Model) -> None:
             logits = [each.step({0: token}) for each in (engine, stock)]
             counts = engine.stats
             n_visible = engine.last() + 1
-            served = settings["enabled"] and n_visible >= settings["min_context"]
-            path = "stock" if not served else "louver" if settings["epsilon"] > 0 else "dense"
-            paths.add(path)
+            dense = "below_min_context" if n_visible < settings["min_context"] else "epsilon_zero"
+            pruned = n_visible >= settings["min_context"] and settings["epsilon"] > 0
+            path = "stock" if not settings["enabled"] else "louver" if pruned else "dense"
+            paths.add(dense if path == "dense" else path)
             assert counts["attention"] == {"louver": 0, "dense": 0, "stock": 0} | {path: N_LAYER}
             assert engine.violations == 0
             assert counts["delta_max"] <= settings["epsilon"]
             assert (counts["check"]["pairs"] > 0) == (path == "louver")
+            assert counts["reasons"]["dense"] == ({dense: N_LAYER} if path == "dense" else {})
             if path == "louver" and settings["recent"] >= n_visible:
                 assert counts["keys_attended"] == counts["keys_visible"]
             assert distance(*logits) < TOLERANCE["f16"] + settings["epsilon"]
-        assert paths == {"louver", "dense", "stock"}
+        assert paths == {"louver", "below_min_context", "epsilon_zero", "stock"}
 
 
 # A random life.

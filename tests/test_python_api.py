@@ -136,14 +136,15 @@ def test_settings_change_between_calls(llm: Llama) -> None:
         llm(PROMPT, **GREEDY)
         assert llm.louver == config
         stats = llm.louver_stats()
-        return {path for path, n in stats["attention"].items() if n} | set(stats["reasons"]["stock"])
+        reasons = [reason for counts in stats["reasons"].values() for reason in counts]
+        return {path for path, n in stats["attention"].items() if n}.union(reasons)
 
     llm.eval(llm.tokenize(PROMPT.encode()))
     assert paths(CONFIG) == {"louver"}
     # From the second call on the prompt is there already; its last token alone is decoded anew.
     assert paths(replace(CONFIG, enabled=False)) == {"stock", "disabled"}
-    assert paths(replace(CONFIG, epsilon=0.0)) == {"dense"}
-    assert paths(replace(CONFIG, min_context=2000)) == {"stock", "below_min_context"}
+    assert paths(replace(CONFIG, epsilon=0.0)) == {"dense", "epsilon_zero"}
+    assert paths(replace(CONFIG, min_context=2000)) == {"dense", "below_min_context"}
     assert paths(replace(CONFIG, guarantee="estimated")) == {"louver"}
     assert paths(CONFIG) == {"louver"}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from tiny_models import N_LAYER, SHARPNESS, Heads
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 2, 3, 7, 8)
-CACHES = ("f16 f16", "bf16 bf16", "f32 f32", "q8_0 q8_0", "q8_0 f16", "f16 bf16")  # keys, values
+# Keys, values.
+CACHES = ("f16 f16", "bf16 bf16", "f32 f32", "q8_0 q8_0", "q8_0 f16", "f16 bf16", "q4_0 q4_0", "q8_0 q4_0")
 EPSILON = 0.02
 N_STEPS = 3
 PREFILL = (300, 150)  # tokens of the two sequences
@@ -24,7 +26,7 @@ SETTINGS = {"min_context": 64, "sinks": 2, "recent": 16, "check": True}
 # Q to the type it multiplies K in, which moves a score by SHARPNESS times the rounding's relative size: half
 # a unit of float16's 11 bits or bfloat16's 8, or of the 127 steps that the largest of 32 elements (2.5 times
 # their spread) is divided into, over sqrt(3) each. Its float16 accumulator of V adds less. Twice is allowed.
-ROUNDING = {"f16": 2.0**-11, "f32": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.5 / 127 / 2}
+ROUNDING = {"f16": 2.0**-11, "f32": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.5 / 127 / 2, "q4_0": 2.5 / 127 / 2}
 # An attention output against float64, as a share of the longest value. Louver computes in float32 and is off
 # by 1e-6 at most, stock by 1e-4 to 2e-2.
 EXACT = 1e-5
@@ -42,7 +44,7 @@ def cases() -> list[tuple[int, int, str, bool]]:
         for j, group in enumerate(GROUPS)
         for k, types in enumerate(CACHES)
         if (i + j + k) % 2 == 0
-        if head_dim % 32 == 0 or "q8_0" not in types  # llama.cpp refuses the others
+        if head_dim % 32 == 0 or "q" not in types  # llama.cpp refuses the others
     ]
 
 
@@ -186,22 +188,18 @@ DECODED = N_LAYER * 4
         (lambda path: tiny_models.gemma(path, soft_cap=True, window=64), "soft_cap", {}),
         (tiny_models.gpt_oss, "sinks", {}),
         (tiny_models.deepseek2, "mla", {}),
-        (tiny_models.llama, "cache_type", {"type_k": "q4_0"}),
-        (tiny_models.llama, "cache_type", {"type_v": "q4_0"}),
+        (tiny_models.llama, "cache_type", {"type_k": "q5_0"}),
+        (tiny_models.llama, "cache_type", {"type_v": "iq4_nl"}),
         (tiny_models.llama, "disabled", {"settings": {"enabled": False}}),
-        (tiny_models.llama, "below_min_context", {"settings": {"min_context": 305}}),
     ],
-    ids=["alibi", "soft_cap", "sinks", "mla", "q4_0_keys", "q4_0_values", "disabled", "below_min_context"],
+    ids=["alibi", "soft_cap", "sinks", "mla", "q5_0_keys", "iq4_nl_values", "disabled"],
 )
 def test_left_to_stock(tmp_path: Path, write: Callable, reason: str, context: dict) -> None:
     louver, stock, counts = compare_with_stock(write(tmp_path / "model.gguf"), **context)
     assert np.array_equal(louver, stock)
     assert np.isfinite(stock).all()
     assert counts["attention"] == {"louver": 0, "dense": 0, "stock": PREFILLED + DECODED}
-    if reason == "below_min_context":  # which prefill is not asked
-        assert counts["reasons"]["stock"] == {"prefill": PREFILLED, reason: DECODED}
-    else:
-        assert counts["reasons"]["stock"] == {reason: PREFILLED + DECODED}
+    assert counts["reasons"]["stock"] == {reason: PREFILLED + DECODED}
 
 
 def test_served_is_not_bit_identical(tmp_path: Path) -> None:
@@ -285,7 +283,33 @@ def test_sliding_window_as_a_mask(tmp_path: Path, full: bool) -> None:
         assert np.all(errors.reshape(-1) <= np.array(bounds) + window.exact)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 16, 17])
+def test_short_contexts_are_attended_whole(tmp_path: Path) -> None:
+    """Below min_context our own dense kernel runs, and from there on Louver."""
+    tap = Tap()
+    with Model(tiny_models.llama(tmp_path / "model.gguf")) as model:
+        with Engine(model, tap=tap, **SETTINGS | {"min_context": PREFILL[0] + 3}) as engine:
+            engine.extend(random_tokens(PREFILL[0]))
+            tap.listen()
+            engine.generate([1, 2])
+            errors = np.stack(tap.errors)
+            short = engine.stats
+            engine.generate([3, 4])
+            counts = engine.stats
+    assert errors.max() <= EXACT * tap.longest_value
+    assert short["attention"] == {"louver": 0, "dense": 2 * N_LAYER, "stock": PREFILLED}
+    assert (
+        short["keys_attended"] == short["keys_visible"] == 2 * (PREFILL[0] + 1.5) * N_LAYER * Heads().n_head
+    )
+    assert (short["keys_scanned"], short["delta_max"], short["error_bound_max"]) == (0, 0, 0)
+    assert all(entry["path"] == "dense" for entry in short["last_step"])
+    assert counts["attention"] == {"louver": 2 * N_LAYER, "dense": 2 * N_LAYER, "stock": PREFILLED}
+    assert counts["reasons"] == {
+        "dense": {"below_min_context": 2 * N_LAYER},
+        "stock": {"prefill": PREFILLED},
+    }
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 16, 17])
 def test_several_tokens_at_once(tmp_path: Path, n_tokens: int) -> None:
     """Up to 16 tokens of a sequence are Louver's, each with the cells before it; more are prefill."""
     context = random_tokens(PREFILL[0])
@@ -326,6 +350,214 @@ def test_prefill_in_small_batches(tmp_path: Path) -> None:
     assert counts["check"]["pairs"] == N_LAYER * Heads().n_head * sum(range(1, 201))
     assert sum(counts["check"].values()) == counts["check"]["pairs"]
     assert distance(louver, stock) <= tolerance("f16") + EPSILON
+
+
+@dataclass
+class Batch:
+    """One decode of several tokens: against float64, and what was counted."""
+
+    errors: np.ndarray  # (layer, query, head)
+    bounds: np.ndarray
+    exact: float
+    counts: dict
+    visible: dict[tuple[int, int], int]  # (stream, token): cells it sees
+
+    @classmethod
+    def of(
+        cls, model: Model, setup: Callable[[Engine], None], seqs: list[int], **context: bool | float
+    ) -> Batch:
+        tap = Tap()
+        with Engine(model, tap=tap, **SETTINGS | {"epsilon": EPSILON} | context) as engine:
+            setup(engine)
+            engine.runtime.reset_stats()
+            tap.listen()
+            ahead = dict.fromkeys(seqs, 0)
+            positions = []
+            for seq in seqs:
+                ahead[seq] += 1
+                positions.append(engine.last(seq) + ahead[seq])
+            engine.decode(random_tokens(len(seqs), seed=7), positions, seqs)
+            counts = engine.stats
+            errors = np.stack([e.reshape(-1, e.shape[-1]) for e in tap.errors])
+            bounds = error_bounds(engine)
+        visible = {(e["stream"], e["token"]): e["heads"][0]["n_visible"] for e in counts["last_step"]}
+        return cls(errors, bounds, EXACT * tap.longest_value, counts, visible)
+
+    def check(self) -> None:
+        assert np.all(self.errors <= self.bounds + self.exact)
+        assert self.errors.max() > self.exact  # something was lost: the bounds were needed
+        check = self.counts["check"]
+        assert sum(check.values()) == check["pairs"] > 0
+        assert 0 < self.counts["delta_max"] <= EPSILON
+        assert self.counts["reasons"]["stock"] == {}
+
+
+def lengths(*n: int) -> Callable[[Engine], None]:
+    """Sequences of so many tokens."""
+
+    def setup(engine: Engine) -> None:
+        for seq, length in enumerate(n):
+            engine.extend(random_tokens(length, seed=seq), seq)
+
+    return setup
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Callable[[int, int], Path]) -> Iterator[Model]:
+    with Model(tiny(64, 2)) as model:
+        yield model
+
+
+def test_speculative_batch(plain: Model) -> None:
+    """Five tokens at the end of a context, each after the one before."""
+    batch = Batch.of(plain, lengths(300), [0] * 5)
+    batch.check()
+    assert batch.counts["attention"] == {"louver": 5 * N_LAYER, "dense": 0, "stock": 0}
+    assert batch.visible == {(0, token): 301 + token for token in range(5)}
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_three_sequences_in_a_batch(plain: Model, unified: bool) -> None:
+    """They see nothing in common."""
+    context = {"n_seq_max": 3, "unified": unified, "n_ctx": 1024 if unified else 3 * 512}
+    batch = Batch.of(plain, lengths(300, 150, 220), [0, 1, 2], **context)
+    batch.check()
+    assert batch.counts["attention"] == {"louver": 3 * N_LAYER, "dense": 0, "stock": 0}
+    assert list(batch.visible.values()) == [301, 151, 221]
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_several_tokens_of_several_sequences(plain: Model, unified: bool) -> None:
+    """Speculation for three sequences at once; in turn, so that neighbours in the batch see nothing alike."""
+    context = {"n_seq_max": 3, "unified": unified, "n_ctx": 1024 if unified else 3 * 512}
+    for seqs in ([0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2, 0, 1, 2, 0, 1, 2]):
+        batch = Batch.of(plain, lengths(300, 150, 220), seqs, **context)
+        batch.check()
+        assert batch.counts["attention"] == {"louver": 9 * N_LAYER, "dense": 0, "stock": 0}
+        seen = [301, 302, 303, 151, 152, 153, 221, 222, 223]
+        assert sorted(batch.visible.values()) == sorted(seen)
+
+
+def test_sequences_with_a_common_prefix(plain: Model) -> None:
+    """Their cells are the same but for the last ones: one scan serves all."""
+
+    def setup(engine: Engine) -> None:
+        engine.extend(random_tokens(250))
+        for seq in (1, 2):
+            engine.copy(0, seq)
+            engine.extend(random_tokens(20 * seq, seed=seq), seq)
+
+    batch = Batch.of(plain, setup, [0, 1, 2], n_seq_max=3)
+    batch.check()
+    assert list(batch.visible.values()) == [251, 271, 291]
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
+def test_short_and_long_sequences_in_a_batch(plain: Model, unified: bool) -> None:
+    """Each is attended as it would be alone."""
+    context = {"n_seq_max": 4, "unified": unified, "n_ctx": 1024 if unified else 4 * 512}
+    batch = Batch.of(plain, lengths(300, 40, 220, 20), [0, 1, 2, 3], **context)
+    batch.check()
+    assert batch.counts["attention"] == {"louver": 2 * N_LAYER, "dense": 2 * N_LAYER, "stock": 0}
+    assert batch.counts["reasons"]["dense"] == {"below_min_context": 2 * N_LAYER}
+    paths = [entry["path"] for entry in batch.counts["last_step"]]
+    assert paths == ["louver", "dense", "louver", "dense"] * N_LAYER
+    assert batch.counts["check"]["pairs"] == (301 + 221) * N_LAYER * Heads().n_head
+    assert batch.errors[:, [1, 3]].max() <= batch.exact
+    assert not batch.bounds[:, [1, 3]].any()
+
+
+# KV heads whose attention is uniform are not scanned for a while.
+
+
+UNIFORM = {"epsilon": 0.05, "min_context": 64, "sinks": 2, "recent": 8}
+STEPS_WITHOUT_SCAN = 31
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    with Model(tiny_models.llama(tmp_path_factory.mktemp("uniform") / "model.gguf", sharpness=0.1)) as model:
+        yield model
+
+
+def scanned(engine: Engine) -> list[bool]:
+    """Whether the last step scanned, for each layer, query and head."""
+    heads = [head for entry in engine.stats["last_step"] for head in entry["heads"]]
+    for head in heads:
+        if head["n_scanned"] == 0:
+            assert head["n_attended"] == head["n_visible"]
+            assert (head["delta"], head["error_bound"], head["tau"]) == (0, 0, -np.inf)
+    return [head["n_scanned"] > 0 for head in heads]
+
+
+def test_uniform_heads_are_not_scanned(uniform: Model) -> None:
+    n_head = N_LAYER * Heads().n_head
+    tap = Tap()
+    tokens = random_tokens(STEPS_WITHOUT_SCAN + 3, seed=1)
+    with Engine(uniform, tap=tap, **UNIFORM) as engine:
+        engine.extend(random_tokens(300))
+        logits = []
+        for step, token in enumerate(tokens):
+            tap.listen()
+            logits.append(engine.step({0: token})[0])
+            assert scanned(engine) == [step % (STEPS_WITHOUT_SCAN + 1) == 0] * n_head
+            assert step in (0, STEPS_WITHOUT_SCAN + 1) or np.max(tap.errors) <= EXACT * tap.longest_value
+        counts = engine.stats
+        assert counts["heads_uniform"] == n_head * (STEPS_WITHOUT_SCAN + 1)
+        assert counts["attention"]["louver"] == N_LAYER * len(tokens)
+
+        # Another epsilon, or the check, wants a scan.
+        engine.runtime.configure(epsilon=0.1)
+        engine.step({0: 1})
+        assert all(scanned(engine))
+        engine.step({0: 1})
+        assert not any(scanned(engine))
+        engine.runtime.configure(check=True)
+        for _ in range(2):
+            engine.step({0: 1})
+            assert all(scanned(engine))
+        assert engine.violations == 0 < engine.pairs
+    with Engine(uniform, **UNIFORM | {"epsilon": 0.0}) as engine:
+        engine.extend(random_tokens(300))
+        dense = engine.generate(tokens)
+        assert engine.stats["heads_uniform"] == 0
+    assert distance(np.stack(logits), dense) <= tolerance("f16") + UNIFORM["epsilon"]
+
+
+def test_uniform_heads_are_scanned_under_check(uniform: Model) -> None:
+    with Engine(uniform, **UNIFORM, check=True) as engine:
+        engine.extend(random_tokens(300))
+        for token in random_tokens(4, seed=1):
+            engine.step({0: token})
+            assert all(scanned(engine))
+        assert engine.stats["heads_uniform"] == 0
+        assert engine.violations == 0
+
+
+def test_concentrated_heads_are_scanned(plain: Model) -> None:
+    with Engine(plain, **UNIFORM) as engine:
+        engine.extend(random_tokens(400))
+        for token in random_tokens(4, seed=1):
+            engine.step({0: token})
+            assert all(scanned(engine))
+        assert engine.stats["heads_uniform"] == 0
+
+
+@pytest.mark.parametrize("n_tokens", [2, 5, 16])
+def test_uniform_heads_in_steps_of_several_tokens(uniform: Model, n_tokens: int) -> None:
+    """A step counts once, however many tokens it has."""
+    n_head = N_LAYER * Heads().n_head * n_tokens
+    with Engine(uniform, n_seq_max=2, n_ctx=2048, **UNIFORM) as engine:
+        engine.extend(random_tokens(300))
+        engine.runtime.reset_stats()
+        without_scan = 0
+        for step in range(2 * STEPS_WITHOUT_SCAN + 4):
+            start = engine.last() + 1
+            engine.decode(random_tokens(n_tokens, step), range(start, start + n_tokens), [0] * n_tokens)
+            engine.remove(0, start)
+            assert scanned(engine) == [step % (STEPS_WITHOUT_SCAN + 1) == 0] * n_head
+            without_scan += step % (STEPS_WITHOUT_SCAN + 1) != 0
+        assert engine.stats["heads_uniform"] == n_head * without_scan
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])

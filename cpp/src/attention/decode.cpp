@@ -23,9 +23,11 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr int kProbesFirst = 4;
 constexpr int kProbesLast = 12;
 
-// With fewer chunks for each thread smaller ones are dealt, with fewer blocks dense attention deals blocks and heads.
-constexpr int kChunksPerThread = 4;
+// With fewer blocks for each thread dense attention deals blocks and heads.
 constexpr int kFewBlocks = 8;
+
+// Up to so many threads each of them works out every threshold, which saves a barrier.
+constexpr int kSmallTeam = 4;
 
 // From blocks' sums of upper weights to estimated ones: 2^-slack, and what the chord lies above 2^x on average. Taylor in the
 // denominator; only compensation uses it.
@@ -50,7 +52,7 @@ class Decoder {
           n_query_(task.n_token * task.n_head),
           key_width_(padded(task.keys[0].dim)),
           value_width_(padded(task.values[0].dim)),
-          chunk_(std::clamp(s_.n_blocks / (kChunksPerThread * team.size), 1, kChunkBlocks)),
+          chunk_(s_.chunk_blocks),
           to_log2_(static_cast<double>(task.scale) * kLog2E),
           lap_(task.times != nullptr ? task.times + team.rank : nullptr) {}
 
@@ -105,10 +107,11 @@ class Decoder {
 
     const float * query(int q) const { return s_.query + static_cast<size_t>(q) * static_cast<size_t>(key_width_); }
     float * weight(int q, int block) const { return s_.weight + q * s_.weight_stride + static_cast<int64_t>(block) * kBlockCells; }
-    float * slack(int q, int block) const { return s_.slack + static_cast<size_t>(q) * static_cast<size_t>(s_.n_blocks) + block; }
-    float * dropped(int q, int block) const { return s_.dropped + static_cast<size_t>(q) * static_cast<size_t>(s_.n_blocks) + block; }
+    // Of this thread's own blocks; those of a chunk lie together.
+    float * slack(int q, int block) const { return s_.slack + s_.own(q, block, team_.size); }
+    float * dropped(int q, int block) const { return s_.dropped + s_.own(q, block, team_.size); }
     uint64_t * kept(int kv_head, int block) const {
-        return s_.kept + static_cast<size_t>(kv_head) * static_cast<size_t>(s_.n_blocks) + block;
+        return s_.kept + s_.own(kv_head, block, team_.size);
     }
     size_t slot(int rank, int q) const {
         return static_cast<size_t>(rank) * static_cast<size_t>(n_query_) + static_cast<size_t>(q);
@@ -265,7 +268,7 @@ class Decoder {
             args.weight = weight(q0, first);
             args.weight_stride = s_.weight_stride;
             args.slack = slack(q0, first);
-            args.slack_stride = s_.n_blocks;
+            args.slack_stride = s_.n_own;
             args.lower = s_.lower + mine(q0);
             args.below = s_.below[mine(q0)].data();
             k_.scan(args);
@@ -336,30 +339,47 @@ class Decoder {
         return seen;
     }
 
-    // From the team's sums to each query's threshold. Every thread does the same, as in verify().
+    // From the team's sums to each query's threshold. In a small team every thread finds all of them; in a large one the sums of
+    // all threads are too much to read for each, and the queries are dealt out.
     void guess_thresholds(const MassOracle & oracle) {
-        for (int q = 0; q < n_query_; ++q) {
-            Sums below = below_over_team(q);
-            for (double & sum : below) {
-                sum *= kSampleStep;
+        if (team_.size <= kSmallTeam) {
+            for (int q = 0; q < n_query_; ++q) {
+                s_.guess[q] = guess(oracle, q);
             }
-            s_.total[q] = over_team(s_.lower, q);
-            if (all_of(group_of(q))) {
-                s_.threshold[q] = 0;
-            } else if (std::isfinite(s_.total[q])) {
-                s_.threshold[q] = oracle.guess(below, s_.total[q]);
-            } else {
+        } else {
+            for (int q = team_.rank; q < n_query_; q += team_.size) {
+                s_.shared_guess[q] = guess(oracle, q);
+            }
+            barrier(&PhaseTimes::select);
+            std::copy(s_.shared_guess, s_.shared_guess + n_query_, s_.guess);
+        }
+        for (int q = 0; q < n_query_; ++q) {
+            s_.threshold[q] = s_.guess[q].threshold;
+            if (!std::isfinite(s_.guess[q].total)) {
                 fail();
             }
         }
     }
 
+    Guess guess(const MassOracle & oracle, int q) const {
+        const double total = over_team(s_.lower, q);
+        if (all_of(group_of(q)) || !std::isfinite(total)) {
+            return {total, 0};
+        }
+        Sums below = below_over_team(q);
+        for (double & sum : below) {
+            sum *= kSampleStep;
+        }
+        return {total, oracle.guess(below, total)};
+    }
+
     // The chunk's survivors for one KV head: what any of the group's queries needs, one gather serves all of them.
     void select_chunk(int kv_head, int first, int count) {
         uint64_t seen[kChunkBlocks];
+        uint64_t * survivors = kept(kv_head, first);
         for (int b = 0; b < count; ++b) {
             seen[b] = visible_to_any(first + b);
-            *kept(kv_head, first + b) = all_of(kv_head) ? seen[b] : always(kv_head, first + b);
+            survivors[b] = all_of(kv_head) ? seen[b] : always(kv_head, first + b);
         }
         if (all_of(kv_head)) {
             return;
@@ -372,9 +392,9 @@ class Decoder {
         args.n_query = n_group_;
         args.n_blocks = count;
         args.visible = seen;
-        args.kept = kept(kv_head, first);
+        args.kept = survivors;
         args.dropped = dropped(q0, first);
-        args.dropped_stride = s_.n_blocks;
+        args.dropped_stride = s_.n_own;
         k_.select(args);
     }
 
@@ -382,9 +402,10 @@ class Decoder {
     void prefetch_keys(int kv_head, int first, int count) const {
         const Rows & keys = t_.keys[kv_head];
         const int64_t bytes = static_cast<int64_t>(row_bytes(keys.type, keys.dim));
-        for (int b = first; b < first + count; ++b) {
-            for (uint64_t left = *kept(kv_head, b); left != 0; left &= left - 1) {
-                const std::byte * row = keys.row(static_cast<int64_t>(b) * kBlockCells + std::countr_zero(left));
+        const uint64_t * survivors = kept(kv_head, first);
+        for (int b = 0; b < count; ++b) {
+            for (uint64_t left = survivors[b]; left != 0; left &= left - 1) {
+                const std::byte * row = keys.row(static_cast<int64_t>(first + b) * kBlockCells + std::countr_zero(left));
                 for (int64_t offset = 0; offset < bytes; offset += 64) {
                     __builtin_prefetch(row + offset, 0, 2);
                 }
@@ -394,17 +415,18 @@ class Decoder {
 
     void add_upper(int kv_head, int first, int count) {
         for (int q = kv_head * n_group_; !all_of(kv_head) && q < (kv_head + 1) * n_group_; ++q) {
-            for (int b = first; b < first + count; ++b) {
-                s_.upper[mine(q)] += *dropped(q, b);
+            const float * sums = dropped(q, first);
+            for (int b = 0; b < count; ++b) {
+                s_.upper[mine(q)] += sums[b];
             }
         }
     }
 
     // Where a guess dropped too much, or ended before epsilon did, finer thresholds are tried, with sums over all weights.
     void verify(const MassOracle & oracle) {
-        const auto exceeds = [&](int q) { return !oracle.satisfies(over_team(s_.upper, q), s_.total[q]); };
+        const auto exceeds = [&](int q) { return !oracle.satisfies(over_team(s_.upper, q), s_.guess[q].total); };
         const auto is_open = [&](int q) { return oracle.is_open(s_.threshold[q]); };
-        const auto fine = [&](int q) { return oracle.fine(s_.threshold[q], exceeds(q) || !is_open(q), s_.total[q]); };
+        const auto fine = [&](int q) { return oracle.fine(s_.threshold[q], exceeds(q) || !is_open(q), s_.guess[q].total); };
         bool any = false;
         for (int q = 0; q < n_query_; ++q) {
             // A threshold that rises lets the others of its group drop more: then each has to satisfy epsilon by itself.
@@ -433,7 +455,7 @@ class Decoder {
             for (int q = g * n_group_; q < (g + 1) * n_group_; ++q) {
                 if (s_.refines[q] != 0) {
                     again = true;
-                    s_.threshold[q] = oracle.refined(fine(q), below_over_team(q), s_.total[q]);
+                    s_.threshold[q] = oracle.refined(fine(q), below_over_team(q), s_.guess[q].total);
                 }
             }
             if (again) {
@@ -593,13 +615,13 @@ class Decoder {
         float key_norm = 0;
         float value_norm = 0;
         bool any = false;
-        for (int b = first; b < first + count; ++b) {
-            const uint64_t scanned = visible_to_any(b) & indexed(kv_head, b);
-            if (scanned != 0) {
-                key_norm = std::max(key_norm, index.bounds(b)->key_norm);
-            }
-            if ((scanned & ~*kept(kv_head, b)) != 0) {
-                value_norm = std::max(value_norm, index.bounds(b)->value_norm);
+        const uint64_t * survivors = kept(kv_head, first);
+        for (int b = 0; b < count; ++b) {
+            const uint64_t scanned = visible_to_any(first + b) & indexed(kv_head, first + b);
+            const BlockBounds & bounds = *index.bounds(first + b);
+            key_norm = scanned != 0 ? std::max(key_norm, bounds.key_norm) : key_norm;
+            if ((scanned & ~survivors[b]) != 0) {
+                value_norm = std::max(value_norm, bounds.value_norm);
                 any = true;
             }
         }

@@ -5,6 +5,9 @@
 namespace louver {
 namespace {
 
+// With fewer chunks for each thread, smaller ones are dealt.
+constexpr int kChunksPerThread = 4;
+
 class Arena {
   public:
     explicit Arena(std::byte * base) : base_(reinterpret_cast<uintptr_t>(base)) {}
@@ -51,7 +54,10 @@ Scratch::Scratch(std::byte * base, const Shape & shape, int rank, int team_size)
     const size_t value_width = static_cast<size_t>(padded(shape.value_dim));
     n_blocks = n_blocks_for(shape.n_kv);
     weight_stride = static_cast<int64_t>(n_blocks) * kBlockCells + 16;
-    const size_t blocks = static_cast<size_t>(n_blocks);
+    chunk_blocks = std::clamp(n_blocks / (kChunksPerThread * team_size), 1, kChunkBlocks);
+    const int n_chunks = (n_blocks + chunk_blocks - 1) / chunk_blocks;
+    n_own = (n_chunks + team_size - 1) / team_size * chunk_blocks;
+    const size_t own_blocks = static_cast<size_t>(n_own);
 
     Arena arena(base);
     not_finite = arena.take<int32_t>(team);
@@ -59,17 +65,18 @@ Scratch::Scratch(std::byte * base, const Shape & shape, int rank, int team_size)
     query_norm = arena.take<float>(queries);
     reference = arena.take<float>(queries);
     weight = arena.take<float>(queries * static_cast<size_t>(weight_stride));
-    slack = arena.take<float>(queries * blocks);
-    dropped = arena.take<float>(queries * blocks);
-    kept = arena.take<uint64_t>(kv_heads * blocks);
     lower = arena.take<double>(team * queries);
     upper = arena.take<double>(team * queries);
     below = arena.take<Sums>(team * queries);
+    shared_guess = arena.take<Guess>(queries);
     partial = arena.take<Partial>(team * queries);
     output = arena.take<float>(team * queries * value_width);
 
+    slack = arena.take_private<float>(queries * own_blocks, rank, team_size);
+    dropped = arena.take_private<float>(queries * own_blocks, rank, team_size);
+    kept = arena.take_private<uint64_t>(kv_heads * own_blocks, rank, team_size);
     sight = arena.take_private<Sight>(static_cast<size_t>(shape.n_token), rank, team_size);
-    total = arena.take_private<double>(queries, rank, team_size);
+    guess = arena.take_private<Guess>(queries, rank, team_size);
     threshold = arena.take_private<float>(queries, rank, team_size);
     refines = arena.take_private<uint8_t>(queries, rank, team_size);
     keys = arena.take_private<float>(kBlockCells * key_width, rank, team_size);

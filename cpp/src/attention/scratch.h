@@ -40,6 +40,12 @@ struct Partial {
     void add(const Partial & part, double factor);
 };
 
+// What the scan says of one query.
+struct Guess {
+    double total;  // lower bound on the weights' sum
+    float threshold;
+};
+
 // What one token sees.
 struct Sight {
     int64_t n_visible;
@@ -54,17 +60,18 @@ struct Scratch {
     float * query_norm;    // [n_query]
     float * reference;     // [n_query] log2 units
     float * weight;        // [n_query][weight_stride]
-    float * slack;         // [n_query][n_blocks]
-    float * dropped;       // [n_query][n_blocks] sum of the upper weights that were not kept
-    uint64_t * kept;       // [n_head_kv][n_blocks] survivors
     double * lower;        // [team][n_query]
     double * upper;        // [team][n_query] of the weights dropped
     Sums * below;          // [team][n_query]
+    Guess * shared_guess;  // [n_query]
     Partial * partial;     // [team][n_query]
     float * output;        // [team][n_query][value_padded]
-    // Of this thread alone.
+    // Of this thread alone: threads that wrote side by side would wait for each other's cache lines.
+    float * slack;        // [n_query][n_own]
+    float * dropped;      // [n_query][n_own] sum of the upper weights that were not kept
+    uint64_t * kept;      // [n_head_kv][n_own] survivors
     Sight * sight;        // [n_token]
-    double * total;       // [n_query]
+    Guess * guess;        // [n_query]
     float * threshold;    // [n_query]
     uint8_t * refines;    // [n_query] the guess of the threshold was not good enough
     float * keys;         // [64][key_padded]
@@ -76,8 +83,17 @@ struct Scratch {
     int32_t * cells;      // [2][n_head_kv][kChunkCells]
 
     int n_blocks;
+    int chunk_blocks;       // of a chunk, dealt to the threads in turn
+    int n_own;              // blocks of one thread, in whole chunks
     int64_t weight_stride;  // n_kv in whole blocks, and a line more: heads must not share cache sets
     size_t bytes;           // of all of it
+
+    // Where a block of this thread's lies in row `row` of an array [..][n_own].
+    size_t own(int row, int block, int team_size) const {
+        const int chunk = block / chunk_blocks;
+        return static_cast<size_t>(row) * static_cast<size_t>(n_own) +
+               static_cast<size_t>(chunk / team_size * chunk_blocks + block % chunk_blocks);
+    }
 
     // Lays the arrays out from base on; base may be null to learn the size.
     Scratch(std::byte * base, const Shape & shape, int rank, int team_size);
