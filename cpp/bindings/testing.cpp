@@ -423,7 +423,8 @@ Decoded run_decode(const In<float, 3> & query, const Cache & keys, const Cache &
 
     // Scratch comes with whatever an earlier op left: huge floats here (3.4e38), and a guard behind.
     constexpr size_t kGuard = 256;
-    const size_t needed = decode_scratch_bytes(task.n_token, task.n_head, task.n_head_kv, n_kv, keys.dim(), values.dim(), n_threads);
+    const size_t needed =
+        decode_scratch_bytes(task.n_token, task.n_head, task.n_head_kv, n_kv, keys.dim(), values.dim(), n_threads);
     const size_t size = (needed + kGuard + 63) / 64 * 64;
     const std::unique_ptr<std::byte, FreeAligned> scratch(static_cast<std::byte *>(std::aligned_alloc(64, size)));
     std::memset(scratch.get(), 0x7f, size);
@@ -515,7 +516,8 @@ void bind_kernels(nb::module_ & m) {
 void bind_index(nb::module_ & m) {
     nb::class_<Cache>(m, "Cache", "K or V of a layer: a row per cell, all heads side by side. Keeps the array, copies nothing.")
         .def(nb::init<Cache::Data, const std::string &, int>(), "data"_a.noconvert(), "dtype"_a, "dim"_a,
-             "data: (n_cells, n_head * bytes of a head's row) uint8, rows any distance apart. dtype: f32, f16, bf16, q8_0 or q4_0.")
+             "data: (n_cells, n_head * bytes of a head's row) uint8, rows any distance apart. dtype: f32, f16, bf16, q8_0 or "
+             "q4_0.")
         .def_prop_ro("n_cells", &Cache::n_cells)
         .def_prop_ro("n_head", &Cache::n_head)
         .def_prop_ro("dim", &Cache::dim);

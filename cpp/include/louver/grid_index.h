@@ -5,8 +5,8 @@
 // so that key_c = center_c + step_c * (code_c - 128) + residual_c, with the norm of the residual bounded per block.
 #pragma once
 
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 

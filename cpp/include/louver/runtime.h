@@ -80,7 +80,7 @@ struct LayerCertificates {
 struct Stats {
     std::array<int64_t, 3> attention{};  // by Path: attention computed, one per (layer, query token)
     std::array<std::array<int64_t, static_cast<size_t>(Reason::count)>, 3> reasons{};  // by Path
-    int64_t n_queries = 0;  // (layer, token, query head) on the louver and dense paths; the next are sums over those
+    int64_t n_queries = 0;      // (layer, token, query head) on the louver and dense paths; the next are sums over those
     int64_t heads_uniform = 0;  // of the louver path: attended to all keys without a scan, because that is cheaper
     int64_t keys_visible = 0;
     int64_t keys_scanned = 0;

@@ -33,7 +33,8 @@ float tau_of(float threshold, float reference, double to_log2) {
         return -kInfinity;
     }
     const double log2_weight = std::log2(static_cast<double>(threshold)) + 4 * kWeightError;
-    const double raw = (log2_weight + static_cast<double>(reference) + std::fabs(static_cast<double>(reference)) * 0x1p-20) / to_log2;
+    const double raw =
+        (log2_weight + static_cast<double>(reference) + std::fabs(static_cast<double>(reference)) * 0x1p-20) / to_log2;
     return std::nextafter(static_cast<float>(raw), kInfinity);
 }
 

@@ -88,7 +88,7 @@ class Decoder {
     }
 
     // phase: what the time since the last barrier went into.
-    void barrier(int64_t PhaseTimes::* phase) {
+    void barrier(int64_t PhaseTimes::*phase) {
         lap_.mark(phase);
         team_.barrier();
         lap_.mark(&PhaseTimes::wait);
@@ -106,13 +106,13 @@ class Decoder {
     bool all_of(int kv_head) const { return t_.attend_all != nullptr && t_.attend_all[kv_head] != 0; }
 
     const float * query(int q) const { return s_.query + static_cast<size_t>(q) * static_cast<size_t>(key_width_); }
-    float * weight(int q, int block) const { return s_.weight + q * s_.weight_stride + static_cast<int64_t>(block) * kBlockCells; }
+    float * weight(int q, int block) const {
+        return s_.weight + q * s_.weight_stride + static_cast<int64_t>(block) * kBlockCells;
+    }
     // Of this thread's own blocks; those of a chunk lie together.
     float * slack(int q, int block) const { return s_.slack + s_.own(q, block, team_.size); }
     float * dropped(int q, int block) const { return s_.dropped + s_.own(q, block, team_.size); }
-    uint64_t * kept(int kv_head, int block) const {
-        return s_.kept + s_.own(kv_head, block, team_.size);
-    }
+    uint64_t * kept(int kv_head, int block) const { return s_.kept + s_.own(kv_head, block, team_.size); }
     size_t slot(int rank, int q) const {
         return static_cast<size_t>(rank) * static_cast<size_t>(n_query_) + static_cast<size_t>(q);
     }
@@ -319,7 +319,10 @@ class Decoder {
             for (int c = 0; c < key_width_; ++c) {
                 squared += static_cast<double>(key[c]) * key[c];
             }
-            largest = squared <= largest ? largest : squared;  // a NaN is taken over
+            if (!std::isfinite(squared)) {
+                return kInfinity;
+            }
+            largest = std::max(largest, squared);
         }
         return static_cast<float>(std::sqrt(largest)) * kNormInflation;
     }
@@ -471,7 +474,9 @@ class Decoder {
             attend_few();
             return;
         }
-        const auto after = [&](int block) { return (block + 1) % chunk_ == 0 ? block + 1 + (team_.size - 1) * chunk_ : block + 1; };
+        const auto after = [&](int block) {
+            return (block + 1) % chunk_ == 0 ? block + 1 + (team_.size - 1) * chunk_ : block + 1;
+        };
         int32_t * cells = s_.cells;
         int32_t * next = s_.cells + kBlockCells;
         int block = team_.rank * chunk_;
@@ -558,7 +563,8 @@ class Decoder {
         list_survivors(team_.rank * chunk_, survivors);
         for (int first = team_.rank * chunk_; first < s_.n_blocks; first += step) {
             list_survivors(first + step, coming);
-            // Survivors lie scattered: each gather asks memory for the rows of the next one, whichever head's or chunk's they are.
+            // Survivors lie scattered: each gather asks memory for the rows of the next one, whichever head's or chunk's they
+            // are.
             Tile tile = next_tile(survivors, kBefore);
             while (tile.kv_head < t_.n_head_kv) {
                 const Tile next = next_tile(survivors, tile);
@@ -605,7 +611,8 @@ class Decoder {
             p.kept += static_cast<double>(k_.exp2_sum(scores, n, to_log2, p.peak + reference));
             p.attended += seen;
         }
-        k_.accumulate(s_.scores, kBlockCells, s_.rescale, n_group_, t_.values[kv_head], cells, n, output(team_.rank, q0), with_values);
+        k_.accumulate(s_.scores, kBlockCells, s_.rescale, n_group_, t_.values[kv_head], cells, n, output(team_.rank, q0),
+                      with_values);
     }
 
     // What the chunk's dropped cells weigh at most, and their compensation.
@@ -682,11 +689,11 @@ class Decoder {
         for (int q = 0; q < n_query_; ++q) {
             const Partial & p = partial(q);
             const float * out = output(team_.rank, q);
-            float largest = 0;
+            bool finite = std::isfinite(p.kept + p.dropped) && p.peak < kInfinity;
             for (int c = 0; c < value_width_; ++c) {
-                largest = std::fabs(out[c]) <= largest ? largest : std::fabs(out[c]);  // a NaN is taken over
+                finite &= std::fabs(out[c]) <= std::numeric_limits<float>::max();
             }
-            if (!std::isfinite(p.kept + p.dropped) || !std::isfinite(largest) || std::isnan(p.peak) || p.peak == kInfinity) {
+            if (!finite) {
                 fail();
             }
         }
@@ -721,7 +728,8 @@ class Decoder {
         HeadCertificate & certificate = t_.certificates[token_of(q) * t_.n_head + head_of(q)];
         certificate.tau = dense_ ? -kInfinity : tau_of(s_.threshold[q], s_.reference[q], to_log2_);
         certificate.n_visible = static_cast<int32_t>(s_.sight[token_of(q)].n_visible);
-        certify(all, unit, score_error(s_.query_norm[q], all.key_norm, t_.keys[0].dim, to_log2_), std::sqrt(norm_squared), certificate);
+        certify(all, unit, score_error(s_.query_norm[q], all.key_norm, t_.keys[0].dim, to_log2_), std::sqrt(norm_squared),
+                certificate);
         if (t_.settings.check && !dense_) {
             const double truth = all.checked_dropped / std::max(all.checked_kept + all.checked_dropped, 1e-300);
             checked_.mass_violations += truth > static_cast<double>(certificate.delta);

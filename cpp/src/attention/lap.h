@@ -17,7 +17,7 @@ class Lap {
         }
     }
 
-    void mark(int64_t PhaseTimes::* field) {
+    void mark(int64_t PhaseTimes::*field) {
         if (times_ != nullptr) {
             const Clock::time_point now = Clock::now();
             times_->*field += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();

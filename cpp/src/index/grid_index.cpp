@@ -16,7 +16,6 @@
 namespace louver {
 namespace {
 
-
 // More keys than this outside a block's grid, and the block gets a new one.
 constexpr int kMaxMisfits = 4;
 
@@ -269,8 +268,8 @@ int64_t GridIndex::indexed_cells() const {
 }
 
 Rows GridIndex::value_means() const {
-    return {reinterpret_cast<const std::byte *>(means_), static_cast<int64_t>(value_padded() * sizeof(uint16_t)),
-            value_dim_, DType::bf16};
+    return {reinterpret_cast<const std::byte *>(means_), static_cast<int64_t>(value_padded() * sizeof(uint16_t)), value_dim_,
+            DType::bf16};
 }
 
 }  // namespace louver

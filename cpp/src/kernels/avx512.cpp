@@ -243,9 +243,9 @@ float exp2_sum(float * x, int n, float scale, float shift) {
 }
 
 // H heads by V vectors of the accumulator, from column c on, held in registers across all rows. kTail: the vector ends the row.
-template <DType kType, int H, int V, bool kTail = false> inline void accumulate_tile(const float * weight, int64_t weight_stride, const float * rescale,
-                                                                 const Rows & values, const int32_t * cells, int n, int c,
-                                                                 float * acc, Prefetcher prefetcher) {
+template <DType kType, int H, int V, bool kTail = false>
+inline void accumulate_tile(const float * weight, int64_t weight_stride, const float * rescale, const Rows & values,
+                            const int32_t * cells, int n, int c, float * acc, Prefetcher prefetcher) {
     const int dim_padded = padded(values.dim);
     __m512 sum[H][V];
 #pragma GCC unroll 4
@@ -294,8 +294,9 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
     with_type(values.type, [&]<DType kType>() {
         for_heads(n_query, [&]<int H>(int first) {
             const auto tile = [&]<int V, bool kTail>(int c) {
-                accumulate_tile<kType, H, V, kTail>(weight + first * weight_stride, weight_stride, rescale + first, values, cells, n,
-                                                    c, acc + first * dim_padded, Prefetcher(first == 0 && c == 0 ? ahead : Ahead{}, n));
+                accumulate_tile<kType, H, V, kTail>(weight + first * weight_stride, weight_stride, rescale + first, values, cells,
+                                                    n, c, acc + first * dim_padded,
+                                                    Prefetcher(first == 0 && c == 0 ? ahead : Ahead{}, n));
             };
             int c = 0;
             for (; c + 4 * kLanes <= values.dim; c += 4 * kLanes) {
@@ -370,8 +371,8 @@ inline void split_levels(const __m512i * level, int8_t * high, int8_t * low, __m
     const __m512i ones = _mm512_set1_epi8(1);
     const __m512i a = _mm512_packs_epi32(level[0], level[1]);
     const __m512i b = _mm512_packs_epi32(level[2], level[3]);
-    const __m512i h = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
-                                         _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
+    const __m512i h =
+        _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8), _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
     const __m512i l = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));  // modulo 256
     sum_high = _mm512_dpbusd_epi32(sum_high, ones, h);
     sum_low = _mm512_dpbusd_epi32(sum_low, ones, l);
@@ -433,8 +434,9 @@ inline __m128 round_queries(const ScanArgs & a, int block, const float * query, 
 constexpr int kHalf = kBlockVectors / 2;
 
 // Upper weights of H heads for 32 keys of a block, to `out`; sum[h] += them.
-template <int H> inline void scan_half(const uint8_t * codes, const uint8_t * next_codes, int groups, const BlockQuery * query, const ToWeight * to,
-                                       const uint64_t * cells, int first_cell, float * out, int64_t out_stride, __m512 * sum) {
+template <int H> inline void scan_half(const uint8_t * codes, const uint8_t * next_codes, int groups, const BlockQuery * query,
+                                       const ToWeight * to, const uint64_t * cells, int first_cell, float * out,
+                                       int64_t out_stride, __m512 * sum) {
     __m512i high[H][kHalf];
     __m512i low[H][kHalf];
 #pragma GCC unroll 4
@@ -529,14 +531,17 @@ template <int H> void scan_heads(const ScanArgs & a, int first, const float * la
             factor[h] = lower_factor(slack);
         }
         const uint8_t * codes = a.codes + static_cast<int64_t>(b) * groups * 4 * kBlockCells;
-        const uint8_t * next = b + 1 < a.n_blocks ? codes + groups * 4 * kBlockCells : a.next_codes != nullptr ? a.next_codes : codes;
+        const uint8_t * next = b + 1 < a.n_blocks        ? codes + groups * 4 * kBlockCells
+                               : a.next_codes != nullptr ? a.next_codes
+                                                         : codes;
         __m512 sum[H];
 #pragma GCC unroll 4
         for (__m512 & lane : sum) {
             lane = _mm512_setzero_ps();
         }
         scan_half<H>(codes, next, groups, rounded, to, cells, 0, out, a.weight_stride, sum);
-        scan_half<H>(codes + kHalf * 64, next + kHalf * 64, groups, rounded, to, cells, kHalf * kLanes, out + kHalf * kLanes, a.weight_stride, sum);
+        scan_half<H>(codes + kHalf * 64, next + kHalf * 64, groups, rounded, to, cells, kHalf * kLanes, out + kHalf * kLanes,
+                     a.weight_stride, sum);
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
             lower[h] = _mm512_fmadd_ps(sum[h], _mm512_set1_ps(factor[h]), lower[h]);
@@ -590,7 +595,8 @@ void sums_below(const float * weight, int64_t n, const float * candidate, double
     for (int64_t start = 0; start < n; start += kRun) {
         const int64_t count = (n - start < kRun ? n - start : kRun) / kLanes;
         const float * run = weight + start;
-        add_below(static_cast<int>(count), [run](int i) { return run + i * kLanes; }, candidate, below);
+        add_below(
+            static_cast<int>(count), [run](int i) { return run + i * kLanes; }, candidate, below);
     }
 }
 

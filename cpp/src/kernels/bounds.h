@@ -69,7 +69,8 @@ static inline HeadBound head_bound(float largest, float query_norm, int dim, flo
     bound.residual = query_norm * unit;
     bound.code = off * unit;
     bound.center = rounding * query_norm * unit;
-    bound.constant = (rounding * 384.0f * d * largest * to_log2 + 8.0f * kUnit * (std::fabs(reference) + 2.0f * kExponentBias)) * kNormInflation;
+    bound.constant = (rounding * 384.0f * d * largest * to_log2 + 8.0f * kUnit * (std::fabs(reference) + 2.0f * kExponentBias)) *
+                     kNormInflation;
     return bound;
 }
 
