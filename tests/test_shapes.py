@@ -63,6 +63,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]
     return path
 
 
+@pytest.fixture(scope="module")
+def plain(tiny: Callable[[int, int], Path]) -> Iterator[Model]:
+    with Model(tiny(64, 2)) as model:
+        yield model
+
+
 def random_tokens(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, tiny_models.N_VOCAB, n).tolist()
 
@@ -283,18 +289,17 @@ def test_sliding_window_as_a_mask(tmp_path: Path, full: bool) -> None:
         assert np.all(errors.reshape(-1) <= np.array(bounds) + window.exact)
 
 
-def test_short_contexts_are_attended_whole(tmp_path: Path) -> None:
+def test_short_contexts_are_attended_whole(plain: Model) -> None:
     """Below min_context our own dense kernel runs, and from there on Louver."""
     tap = Tap()
-    with Model(tiny_models.llama(tmp_path / "model.gguf")) as model:
-        with Engine(model, tap=tap, **SETTINGS | {"min_context": PREFILL[0] + 3}) as engine:
-            engine.extend(random_tokens(PREFILL[0]))
-            tap.listen()
-            engine.generate([1, 2])
-            errors = np.stack(tap.errors)
-            short = engine.stats
-            engine.generate([3, 4])
-            counts = engine.stats
+    with Engine(plain, tap=tap, **SETTINGS | {"min_context": PREFILL[0] + 3}) as engine:
+        engine.extend(random_tokens(PREFILL[0]))
+        tap.listen()
+        engine.generate([1, 2])
+        errors = np.stack(tap.errors)
+        short = engine.stats
+        engine.generate([3, 4])
+        counts = engine.stats
     assert errors.max() <= EXACT * tap.longest_value
     assert short["attention"] == {"louver": 0, "dense": 2 * N_LAYER, "stock": PREFILLED}
     assert (
@@ -400,12 +405,6 @@ def lengths(*n: int) -> Callable[[Engine], None]:
             engine.extend(random_tokens(length, seed=seq), seq)
 
     return setup
-
-
-@pytest.fixture(scope="module")
-def plain(tiny: Callable[[int, int], Path]) -> Iterator[Model]:
-    with Model(tiny(64, 2)) as model:
-        yield model
 
 
 def test_speculative_batch(plain: Model) -> None:
