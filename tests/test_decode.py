@@ -181,6 +181,17 @@ def test_heads_of_very_different_scores_do_not_disturb_each_other(rng: np.random
     assert layer.decode(epsilon=0).outcome == "done"
 
 
+@pytest.mark.parametrize("score", [-40, -640, -960, -3000])
+def test_scores_far_below_zero_are_no_reason_for_zeros(score: float) -> None:
+    # A weight of 2^(1.44 * score) is nothing even in float64; the weights' ratios are not.
+    query = np.full((1, 16), 1.0, np.float32)
+    keys = Stored.of(np.full((3, 1, 16), score / 16, np.float32))
+    values = Stored.of(np.full((3, 1, 16), 2.0, np.float32))
+    result = Layer(query, keys, values, 1.0, np.ones(3, bool)).decode(epsilon=0)
+    assert result.outcome == "done"
+    assert np.allclose(result.output, 2.0)
+
+
 # Sparse
 
 
@@ -242,6 +253,21 @@ def test_concentrated_keys_are_pruned(rng: np.random.Generator, epsilon: float) 
         n_attended = result.certificates[h].n_attended
         assert n_attended <= 2 * fewest + 100 and n_attended < 0.2 * 5003
         assert result.certificates[h].delta > 0.1 * epsilon
+
+
+@pytest.mark.parametrize("length", [1e3, 1e4])
+def test_one_long_key_does_not_spoil_the_certificate(rng: np.random.Generator, length: float) -> None:
+    # A key outside the index, orthogonal to the queries: its score's float32 error is not that of the others.
+    layer = make_layer(rng, 4096 + 64, dtypes=("f32", "f32"))
+    keys, values = layer.keys.decoded().copy(), layer.values.decoded().copy()
+    layer.query[:, 0] = 0
+    keys[4100] = 0
+    keys[4100, :, 0] = length
+    long = Layer(layer.query, Stored.of(keys), Stored.of(values), layer.scale, layer.visible).build()
+    long.invalidate(4100, 1)
+    result = long.decode(epsilon=0.05, check=True)
+    check_step(long, result, 0.05)
+    assert all(c.delta < 0.05 and c.n_attended < 2000 for c in result.certificates)
 
 
 def test_uniform_attention_is_not_pruned_by_mistake(rng: np.random.Generator) -> None:

@@ -38,9 +38,13 @@ float tau_of(float threshold, float reference, double to_log2) {
     return std::nextafter(static_cast<float>(raw), kInfinity);
 }
 
-void certify(const Partial & all, double unit, double score_error, double output_norm, HeadCertificate & certificate) {
-    // The attended cells' exact weights came from float32 scores; the mass proper is at least this.
-    const double least = all.kept * unit * std::exp2(-score_error);
+void certify(const Partial & all, double unit, double score_error, double total, double output_norm,
+             HeadCertificate & certificate) {
+    // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the dropped
+    // cells leave of the oracle's total, which knows the error of each block apart.
+    const double scored = all.kept * unit * std::exp2(-score_error);
+    const double left = total * (1.0 - kWeightError) - all.dropped * (1.0 + kWeightError);
+    const double least = std::max(scored, left);
     certificate.n_scanned = all.scanned;
     certificate.n_attended = all.attended;
     certificate.delta = static_cast<float>(dropped_share(all.dropped, least) * (1 + 0x1p-20));

@@ -1,6 +1,7 @@
 #include "louver/decode.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -94,9 +95,10 @@ class Decoder {
         lap_.mark(&PhaseTimes::wait);
     }
 
-    void fail() { s_.not_finite[team_.rank] = 1; }
+    void fail() { std::atomic_ref(s_.not_finite[team_.rank]).store(1, std::memory_order_relaxed); }
     bool failed() const {
-        return std::any_of(s_.not_finite, s_.not_finite + team_.size, [](int32_t raised) { return raised != 0; });
+        return std::any_of(s_.not_finite, s_.not_finite + team_.size,
+                           [](int32_t & raised) { return std::atomic_ref(raised).load(std::memory_order_relaxed) != 0; });
     }
 
     // Queries are numbered [n_head_kv][n_token][n_gqa].
@@ -161,7 +163,7 @@ class Decoder {
             const Visible seen = visible(token);
             s_.sight[token] = {seen.count(), {seen.end_of_first(t_.settings.sinks), seen.begin_of_last(t_.settings.recent)}};
         }
-        s_.not_finite[team_.rank] = 0;
+        std::atomic_ref(s_.not_finite[team_.rank]).store(0, std::memory_order_relaxed);
         for (int q = 0; q < n_query_; ++q) {
             partial(q) = {};
             partial(q).peak = dense_ ? -kInfinity : 0.0f;
@@ -602,7 +604,8 @@ class Decoder {
                 continue;
             }
             const float reference = s_.reference[q0 + j];
-            const float peak = k_.largest(scores, n) * to_log2 - reference;
+            // Rounded up: every change of unit is then a power of two, without an error.
+            const float peak = std::ceil(k_.largest(scores, n) * to_log2 - reference);
             if (!(peak <= p.peak)) {  // a NaN is taken over, and found by report_finite
                 s_.rescale[j] = std::exp2(p.peak - peak);
                 p.kept *= static_cast<double>(s_.rescale[j]);
@@ -686,12 +689,14 @@ class Decoder {
     }
 
     void report_finite() {
+        // So that the sum of the threads' parts is finite too.
+        const float most = std::numeric_limits<float>::max() / static_cast<float>(team_.size);
         for (int q = 0; q < n_query_; ++q) {
             const Partial & p = partial(q);
             const float * out = output(team_.rank, q);
             bool finite = std::isfinite(p.kept + p.dropped) && p.peak < kInfinity;
             for (int c = 0; c < value_width_; ++c) {
-                finite &= std::fabs(out[c]) <= std::numeric_limits<float>::max();
+                finite &= std::fabs(out[c]) <= most;
             }
             if (!finite) {
                 fail();
@@ -716,7 +721,8 @@ class Decoder {
             }
         }
         const double unit = all.peak == -kInfinity ? 1.0 : std::exp2(static_cast<double>(all.peak));
-        const double mass = all.kept + all.compensation / unit;
+        // Where there is compensation, the unit is not 0.
+        const double mass = all.kept + (all.compensation > 0 ? all.compensation / unit : 0.0);
         const float inverse = mass > 0 ? static_cast<float>(1.0 / mass) : 0.0f;  // no visible cell: 0, as stock
         double norm_squared = 0;
         float * out = reinterpret_cast<float *>(t_.output + token_of(q) * t_.output_token_stride + head_of(q) * t_.output_stride);
@@ -728,8 +734,12 @@ class Decoder {
         HeadCertificate & certificate = t_.certificates[token_of(q) * t_.n_head + head_of(q)];
         certificate.tau = dense_ ? -kInfinity : tau_of(s_.threshold[q], s_.reference[q], to_log2_);
         certificate.n_visible = static_cast<int32_t>(s_.sight[token_of(q)].n_visible);
-        certify(all, unit, score_error(s_.query_norm[q], all.key_norm, t_.keys[0].dim, to_log2_), std::sqrt(norm_squared),
+        const double total = dense_ ? 0.0 : s_.guess[q].total;
+        certify(all, unit, score_error(s_.query_norm[q], all.key_norm, t_.keys[0].dim, to_log2_), total, std::sqrt(norm_squared),
                 certificate);
+        if (!dense_) {  // what the oracle satisfied is proven, whatever the roundings up since
+            certificate.delta = std::min(certificate.delta, static_cast<float>(t_.settings.epsilon * (1.0 - kWeightError)));
+        }
         if (t_.settings.check && !dense_) {
             const double truth = all.checked_dropped / std::max(all.checked_kept + all.checked_dropped, 1e-300);
             checked_.mass_violations += truth > static_cast<double>(certificate.delta);

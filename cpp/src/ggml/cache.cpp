@@ -75,6 +75,8 @@ void Cache::collect() {
     }
     const int64_t row_pair = static_cast<int64_t>(k.head_size + v.head_size);
     const int64_t n_gqa = n_head_kv > 0 ? step.n_head / n_head_kv : 1;
+    step.attended.assign(steps_without_scan.size(), 0);
+    step.visible.assign(steps_without_scan.size(), 0);
     for (size_t q = 0; q < step.queries.size(); ++q) {
         const Step::Query & query = step.queries[q];
         ++part.attention[static_cast<size_t>(query.path)];
@@ -93,15 +95,23 @@ void Cache::collect() {
             part.error_bound_max = std::max(part.error_bound_max, static_cast<double>(certificate.error_bound));
             if (h % n_gqa == 0) {  // the heads of a group read together
                 if (query.path == Path::louver) {
-                    uint8_t & left = steps_without_scan[static_cast<size_t>(query.stream * n_head_kv + h / n_gqa)];
-                    const bool uniform = certificate.n_attended > kUniformShare * certificate.n_visible;
-                    part.heads_uniform += left > 0 ? n_gqa : 0;
-                    left = left > 0 ? static_cast<uint8_t>(left - 1) : uniform ? kStepsWithoutScan : uint8_t{0};
+                    const size_t head = static_cast<size_t>(query.stream * n_head_kv + h / n_gqa);
+                    part.heads_uniform += steps_without_scan[head] > 0 ? n_gqa : 0;
+                    step.attended[head] += certificate.n_attended;
+                    step.visible[head] += certificate.n_visible;
                 }
                 const int64_t block_bytes = static_cast<int64_t>(indexes.front()->block_bytes());
                 part.bytes_read += certificate.n_scanned * block_bytes / kBlockCells + certificate.n_attended * row_pair;
                 part.bytes_dense += certificate.n_visible * row_pair;
             }
+        }
+    }
+    for (size_t head = 0; head < steps_without_scan.size(); ++head) {
+        uint8_t & left = steps_without_scan[head];
+        if (step.visible[head] > 0) {  // Louver's in this step
+            const bool uniform =
+                static_cast<double>(step.attended[head]) > kUniformShare * static_cast<double>(step.visible[head]);
+            left = left > 0 ? static_cast<uint8_t>(left - 1) : uniform ? kStepsWithoutScan : uint8_t{0};
         }
     }
     owner->add(part);

@@ -78,6 +78,8 @@ struct Cache {
         std::vector<CheckCounts> checked;           // [threads], as the next two
         std::vector<int64_t> blocks_built;
         std::vector<int64_t> cells_encoded;
+        std::vector<int64_t> attended;  // [n_stream][n_head_kv] by all tokens, as the next; for the cost model
+        std::vector<int64_t> visible;
     };
     Step step;
 };
