@@ -35,7 +35,7 @@ lint: setup $(VENV)/.dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@# An editable install keeps the extension's stub apart from the package; mypy wants them in one folder.
 	@rm -rf build/typed && mkdir -p build/typed && cp -r python/louver_llama build/typed/ && \
-	  cp $(VENV)/lib/python3*/site-packages/louver_llama/_core.pyi build/typed/louver_llama/ && \
+	  cp $(VENV)/lib/python3*/site-packages/louver_llama/_*.pyi build/typed/louver_llama/ && \
 	  MYPYPATH=build/typed $(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror $$(find cpp -name '*.h' -o -name '*.cpp')
 

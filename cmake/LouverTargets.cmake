@@ -15,7 +15,10 @@ file(GLOB _core_sources CONFIGURE_DEPENDS
      "${_cpp}/src/index/*.cpp" "${_cpp}/src/oracle/*.cpp" "${_cpp}/src/attention/*.cpp" "${_cpp}/src/kernels/*.cpp")
 add_library(louver_core STATIC ${_core_sources})
 target_include_directories(louver_core PUBLIC "${_cpp}/include" PRIVATE "${_cpp}/src")
+target_include_directories(louver_core SYSTEM PRIVATE "${LOUVER_LLAMA_CPP_DIR}/vendor/hash")  # xxhash, which llama.cpp carries
 target_compile_options(louver_core PRIVATE ${_warnings} ${_numerics})
+find_package(Threads REQUIRED)
+target_link_libraries(louver_core PUBLIC Threads::Threads)
 set_target_properties(louver_core PROPERTIES CXX_VISIBILITY_PRESET hidden)
 
 # One file per instruction set; a kernel file includes nothing that could leave an inline function compiled
@@ -43,21 +46,27 @@ target_compile_definitions(louver-ggml PRIVATE
 set_target_properties(louver-ggml PROPERTIES INSTALL_RPATH "$ORIGIN" BUILD_WITH_INSTALL_RPATH ON
                       LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
 
-# The Python extension.
+# The Python extensions: _core is the engine in llama.cpp, _index the index alone.
 execute_process(COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir OUTPUT_STRIP_TRAILING_WHITESPACE
                 OUTPUT_VARIABLE nanobind_ROOT COMMAND_ERROR_IS_FATAL ANY)
 find_package(nanobind CONFIG REQUIRED)
-file(GLOB _binding_sources CONFIGURE_DEPENDS "${_cpp}/bindings/*.cpp")
-nanobind_add_module(_core STABLE_ABI NB_STATIC NOMINSIZE ${_binding_sources})
-target_link_libraries(_core PRIVATE louver-ggml louver_core)
-target_include_directories(_core PRIVATE "${_cpp}/src")
-target_include_directories(_core SYSTEM PRIVATE "${NB_DIR}/include" ${Python_INCLUDE_DIRS})  # their warnings are theirs
-target_compile_options(_core PRIVATE ${_warnings})
-set_target_properties(_core PROPERTIES INSTALL_RPATH "$ORIGIN/lib" BUILD_WITH_INSTALL_RPATH ON
-                      LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
-nanobind_add_stub(_core_stub MODULE _core OUTPUT _core.pyi PYTHON_PATH $<TARGET_FILE_DIR:_core> DEPENDS _core
-                  PATTERN_FILE "${_cpp}/bindings/stubs.pat")
+function(louver_add_extension name)
+  nanobind_add_module(${name} STABLE_ABI NB_STATIC NOMINSIZE ${ARGN})
+  target_link_libraries(${name} PRIVATE louver_core)
+  target_include_directories(${name} PRIVATE "${_cpp}/src" "${_cpp}/bindings")
+  target_include_directories(${name} SYSTEM PRIVATE "${NB_DIR}/include" ${Python_INCLUDE_DIRS})  # their warnings are theirs
+  target_compile_options(${name} PRIVATE ${_warnings})
+  set_target_properties(${name} PROPERTIES INSTALL_RPATH "$ORIGIN/lib" BUILD_WITH_INSTALL_RPATH ON
+                        LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}")
+  nanobind_add_stub(${name}_stub MODULE ${name} OUTPUT ${name}.pyi PYTHON_PATH $<TARGET_FILE_DIR:${name}> DEPENDS ${name}
+                    PATTERN_FILE "${_cpp}/bindings/stubs.pat")
+endfunction()
+file(GLOB _core_bindings CONFIGURE_DEPENDS "${_cpp}/bindings/*.cpp")
+louver_add_extension(_core ${_core_bindings})
+target_link_libraries(_core PRIVATE louver-ggml)
+file(GLOB _index_bindings CONFIGURE_DEPENDS "${_cpp}/bindings/index/*.cpp")
+louver_add_extension(_index ${_index_bindings})
 
-install(TARGETS _core LIBRARY DESTINATION louver_llama COMPONENT louver)
+install(TARGETS _core _index LIBRARY DESTINATION louver_llama COMPONENT louver)
 install(TARGETS louver-ggml ${LOUVER_LLAMA_TARGETS} LIBRARY DESTINATION louver_llama/lib COMPONENT louver)
-install(FILES "${CMAKE_BINARY_DIR}/_core.pyi" DESTINATION louver_llama COMPONENT louver)
+install(FILES "${CMAKE_BINARY_DIR}/_core.pyi" "${CMAKE_BINARY_DIR}/_index.pyi" DESTINATION louver_llama COMPONENT louver)

@@ -163,6 +163,38 @@ def test_dots(rng: np.random.Generator, isa: str, dtype: str, dim: int) -> None:
 
 
 @each_isa
+@each_row_type
+def test_dots_f64(rng: np.random.Generator, isa: str, dtype: str, dim: int) -> None:
+    x = rng.normal(size=(70, 2, dim)).astype(np.float32)
+    query = (rng.normal(size=dim) * 10.0 ** rng.integers(-6, 7, dim)).astype(np.float32)
+    rows = Stored.of(x, dtype, gap=3)
+    for head in range(2):
+        terms = query.astype(np.float64) * rows.decoded()[:, head].astype(np.float64)
+        expected = np.array([math.fsum(row) for row in terms])
+        magnitudes = np.abs(terms).sum(-1)
+        for n in COUNTS:
+            cells = some_cells(rng, 70, n)
+            score, magnitude = core.dots_f64(isa, query, rows.cache, head, cells)
+            # In any order dim terms are summed within dim * 2^-53 of their magnitudes.
+            assert (np.abs(score - expected[cells]) <= dim * 2.0**-53 * magnitudes[cells]).all()
+            np.testing.assert_allclose(magnitude, magnitudes[cells], rtol=1e-12)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_dots_f64_do_not_overflow_or_vanish(isa: str, dtype: str) -> None:
+    large = {"f32": 3e38, "f16": 6e4, "bf16": 3e38}[dtype]
+    small = {"f32": 1e-45, "f16": 6e-8, "bf16": 1e-40}[dtype]
+    rows = Stored.of(np.array([[large] * 5, [small] * 5, [np.nan] * 5, [np.inf] * 5], np.float32)[:, None], dtype)
+    key = rows.decoded()[:2, 0, 0].astype(np.float64)
+    for query in (np.float32(3e38), np.float32(1e-45)):
+        score, magnitude = core.dots_f64(isa, np.full(5, query), rows.cache)
+        np.testing.assert_allclose(score[:2], 5 * np.float64(query) * key, rtol=1e-15)
+        np.testing.assert_allclose(magnitude[:2], 5 * np.float64(query) * key, rtol=1e-15)
+        assert np.isnan(score[2]) and score[3] == np.inf
+
+
+@each_isa
 def test_dots_carry_nan_and_infinity(rng: np.random.Generator, isa: str) -> None:
     for dim in (63, 64):
         keys = rng.normal(size=(20, dim)).astype(np.float32)

@@ -169,6 +169,18 @@ Out<float, 2> dots(const std::string & isa, const In<float, 2> & query, const Ca
     return out.to_numpy(n_query, out_stride);
 }
 
+std::tuple<Out<double, 1>, Out<double, 1>> dots_f64(const std::string & isa, const In<float, 1> & query, const Cache & cache,
+                                                    int head, const Cells & cells) {
+    const RowsArgs keys = rows_of(cache, head, cells, {});
+    require(query.shape(0) == static_cast<size_t>(cache.dim()), "dots_f64: query and keys are of different dim");
+    std::vector<double> wide(static_cast<size_t>(padded(cache.dim())));
+    std::copy_n(query.data(), query.shape(0), wide.begin());
+    Guarded<double> score(static_cast<size_t>(keys.n));
+    Guarded<double> magnitude(static_cast<size_t>(keys.n));
+    kernels_of(isa).dots_f64(wide.data(), keys.rows, keys.cells, keys.n, score.data(), magnitude.data());
+    return {score.to_numpy(keys.n), magnitude.to_numpy(keys.n)};
+}
+
 float largest(const std::string & isa, const In<float, 1> & x) {
     require(x.shape(0) > 0, "largest: x is empty");
     return kernels_of(isa).largest(x.data(), static_cast<int>(x.shape(0)));
@@ -488,6 +500,8 @@ void bind_kernels(nb::module_ & m) {
     m.def("dots", &dots, "isa"_a, "query"_a, "keys"_a, "head"_a = 0, "cells"_a = nb::none(), "ahead"_a = nb::none(), "gap"_a = 0,
           "(n_query, n + gap) float32, NaN from column n on. query (n_query, dim) float32; `cells` (n,) int32, or all; `ahead` "
           "(any,) int32: rows to prefetch.");
+    m.def("dots_f64", &dots_f64, "isa"_a, "query"_a, "keys"_a, "head"_a = 0, "cells"_a = nb::none(),
+          "(n,) float64 query . key and the sums of the terms' magnitudes; query (dim,) float32; `cells` (n,) int32, or all.");
     m.def("largest", &largest, "isa"_a, "x"_a, "The largest of x, (n,) float32, n >= 1; NaN if one is.");
     m.def("exp2_sum", &exp2_sum, "isa"_a, "x"_a, "scale"_a, "shift"_a, "2^(x * scale - shift) of x, (n,) float32, and the sum.");
     m.def(

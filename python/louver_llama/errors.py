@@ -32,3 +32,27 @@ class PromptTooLongError(ValueError):
             f"the prompt has {self.n_tokens} tokens, but the context holds {self.n_ctx}: "
             "shorten the prompt or enlarge the context (n_ctx, on the command line -c)"
         )
+
+
+class IndexFileError(ValueError):
+    """An index file that cannot be read or written; the message names the file and what is wrong."""
+
+
+class NotAnIndexError(IndexFileError):
+    """The file is something else than an index."""
+
+
+class IndexVersionError(IndexFileError):
+    """The file was written by a later version."""
+
+
+class TruncatedIndexError(IndexFileError):
+    """The file ends early."""
+
+
+class CorruptIndexError(IndexFileError):
+    """A checksum or a field of the file is wrong."""
+
+
+class IndexSystemError(IndexFileError, OSError):
+    """The operating system refused to open, read, write or move the file."""

@@ -20,6 +20,9 @@ class GridIndex {
     // Memory is reserved for all of them and touched only as blocks are built.
     GridIndex(int key_dim, int value_dim, int64_t n_cells);
 
+    // Room for more cells; what is indexed stays.
+    void grow(int64_t n_cells);
+
     int key_dim() const { return key_dim_; }
     int value_dim() const { return value_dim_; }
     int64_t n_cells() const { return n_cells_; }

@@ -7,21 +7,16 @@
 #include "kernels/bounds.h"
 
 namespace louver {
-namespace {
 
-// |output - dense| <= (largest |value| + |output|) * max((y + U) / (K + U), y / K): U dropped at most, y compensation, K
-// kept at least (docs/guarantee.md, "The output").
-float error_bound(const Partial & all, double least, double output_norm) {
-    if (all.dropped <= 0) {
+float error_bound(double dropped, double compensation, double least, double value_norm, double output_norm) {
+    if (dropped <= 0) {
         return 0;
     }
-    const double upper = all.dropped * (1.0 + kWeightError);
-    const double added = all.compensation * (1.0 + kWeightError);
+    const double upper = dropped * (1.0 + kWeightError);
+    const double added = compensation * (1.0 + kWeightError);
     const double share = std::max((added + upper) / (least + upper), added / std::max(least, 1e-300));
-    return static_cast<float>((all.value_norm + output_norm) * share * (1 + 0x1p-20));
+    return static_cast<float>((value_norm + output_norm) * share * (1 + 0x1p-20));
 }
-
-}  // namespace
 
 double score_error(float query_norm, float key_norm, int dim, double to_log2) {
     return (2.0 * dim + 16.0) * kUnit * query_norm * key_norm * to_log2;
@@ -48,7 +43,7 @@ void certify(const Partial & all, double unit, double score_error, double total,
     certificate.n_scanned = all.scanned;
     certificate.n_attended = all.attended;
     certificate.delta = static_cast<float>(dropped_share(all.dropped, least) * (1 + 0x1p-20));
-    certificate.error_bound = error_bound(all, least, output_norm);
+    certificate.error_bound = error_bound(all.dropped, all.compensation, least, all.value_norm, output_norm);
 }
 
 }  // namespace louver

@@ -85,6 +85,20 @@ GridIndex::GridIndex(int key_dim, int value_dim, int64_t n_cells)
     built_.assign(blocks, 0);
 }
 
+void GridIndex::grow(int64_t n_cells) {
+    GridIndex larger(key_dim_, value_dim_, std::max(n_cells, n_cells_));
+    const size_t blocks = static_cast<size_t>(n_blocks_);
+    std::copy_n(codes_, blocks * codes_per_block(), larger.codes_);
+    std::copy_n(center_of(0), blocks * key_padded(), larger.center_of(0));
+    std::copy_n(step_of(0), blocks * key_padded(), larger.step_of(0));
+    std::copy_n(means_, blocks * value_padded(), larger.means_);
+    std::copy_n(bounds_, blocks, larger.bounds_);
+    std::copy(indexed_.begin(), indexed_.end(), larger.indexed_.begin());
+    std::copy(not_finite_.begin(), not_finite_.end(), larger.not_finite_.begin());
+    std::copy(built_.begin(), built_.end(), larger.built_.begin());
+    *this = std::move(larger);
+}
+
 void GridIndex::invalidate(int64_t first, int64_t count) {
     const int64_t end = std::min(first + count, n_cells_);
     for (int64_t cell = std::max<int64_t>(first, 0); cell < end;) {

@@ -209,6 +209,39 @@ void dots(const float * query, int n_query, const Rows & keys, const int32_t * c
     });
 }
 
+inline double sum_of(__m256d v) {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+void dots_f64(const double * query, const Rows & keys, const int32_t * cells, int n, double * score, double * magnitude) {
+    with_type(keys.type, [&]<DType kType>() {
+        const __m256d sign = _mm256_set1_pd(-0.0);
+        for (int i = 0; i < n; ++i) {
+            const std::byte * row = keys.row(cells != nullptr ? cells[i] : i);
+            __m256d sum[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+            __m256d size[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+            const auto add = [&](int c, __m256 key) {
+                const __m256d term0 = _mm256_mul_pd(_mm256_loadu_pd(query + c), _mm256_cvtps_pd(_mm256_castps256_ps128(key)));
+                const __m256d term1 = _mm256_mul_pd(_mm256_loadu_pd(query + c + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(key, 1)));
+                sum[0] = _mm256_add_pd(sum[0], term0);
+                sum[1] = _mm256_add_pd(sum[1], term1);
+                size[0] = _mm256_add_pd(size[0], _mm256_andnot_pd(sign, term0));
+                size[1] = _mm256_add_pd(size[1], _mm256_andnot_pd(sign, term1));
+            };
+            int c = 0;
+            for (; c + kLanes <= keys.dim; c += kLanes) {
+                add(c, load_ps<kType>(row, c));
+            }
+            if (c < keys.dim) {
+                add(c, load_tail_ps<kType>(row, c, keys.dim));
+            }
+            score[i] = sum_of(_mm256_add_pd(sum[0], sum[1]));
+            magnitude[i] = sum_of(_mm256_add_pd(size[0], size[1]));
+        }
+    });
+}
+
 float largest(const float * x, int n) {
     __m256 most = _mm256_set1_ps(x[0]);
     __m256 unordered = _mm256_setzero_ps();
@@ -646,7 +679,7 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", rows_to_f32, dots, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
+const Kernels kAvx2Kernels = {"avx2", rows_to_f32, dots, dots_f64, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
 
 }  // namespace louver
 

@@ -216,6 +216,33 @@ void dots(const float * query, int n_query, const Rows & keys, const int32_t * c
     });
 }
 
+void dots_f64(const double * query, const Rows & keys, const int32_t * cells, int n, double * score, double * magnitude) {
+    with_type(keys.type, [&]<DType kType>() {
+        for (int i = 0; i < n; ++i) {
+            const std::byte * row = keys.row(cells != nullptr ? cells[i] : i);
+            __m512d sum[2] = {};
+            __m512d size[2] = {};
+            const auto add = [&](int c, __m512 key) {
+                const __m512d term0 = _mm512_mul_pd(_mm512_loadu_pd(query + c), _mm512_cvtps_pd(_mm512_castps512_ps256(key)));
+                const __m512d term1 = _mm512_mul_pd(_mm512_loadu_pd(query + c + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(key, 1)));
+                sum[0] = _mm512_add_pd(sum[0], term0);
+                sum[1] = _mm512_add_pd(sum[1], term1);
+                size[0] = _mm512_add_pd(size[0], _mm512_abs_pd(term0));
+                size[1] = _mm512_add_pd(size[1], _mm512_abs_pd(term1));
+            };
+            int c = 0;
+            for (; c + kLanes <= keys.dim; c += kLanes) {
+                add(c, load_ps<kType>(row, c));
+            }
+            if (c < keys.dim) {
+                add(c, load_tail_ps<kType>(row, c, keys.dim));
+            }
+            score[i] = _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1]));
+            magnitude[i] = _mm512_reduce_add_pd(_mm512_add_pd(size[0], size[1]));
+        }
+    });
+}
+
 float largest(const float * x, int n) {
     __m512 most = _mm512_set1_ps(x[0]);
     __mmask16 unordered = 0;
@@ -671,8 +698,7 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512",   rows_to_f32, dots,       largest, exp2_sum,
-                                accumulate, scan,        sums_below, select,  mask_to_bits};
+const Kernels kAvx512Kernels = {"avx512", rows_to_f32, dots, dots_f64, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
 
 }  // namespace louver
 

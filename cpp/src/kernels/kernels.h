@@ -78,6 +78,10 @@ struct Kernels {
     void (*dots)(const float * query, int n_query, const Rows & keys, const int32_t * cells, int n, float * out,
                  int64_t out_stride, const Ahead & ahead);
 
+    // score[i] = query . row i of keys in float64, and magnitude[i] = the sum of its terms' magnitudes, in any order; query
+    // [padded(keys.dim)].
+    void (*dots_f64)(const double * query, const Rows & keys, const int32_t * cells, int n, double * score, double * magnitude);
+
     // The largest of n >= 1 numbers; NaN if one of them is.
     float (*largest)(const float * x, int n);
 

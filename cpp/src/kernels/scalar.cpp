@@ -80,6 +80,20 @@ void dots(const float * query, int n_query, const Rows & keys, const int32_t * c
     }
 }
 
+void dots_f64(const double * query, const Rows & keys, const int32_t * cells, int n, double * score, double * magnitude) {
+    float key[kMaxDim];
+    for (int i = 0; i < n; ++i) {
+        row_to_f32(keys.type, keys.row(cells ? cells[i] : i), keys.dim, key);
+        score[i] = 0;
+        magnitude[i] = 0;
+        for (int c = 0; c < keys.dim; ++c) {
+            const double term = query[c] * static_cast<double>(key[c]);
+            score[i] += term;
+            magnitude[i] += std::fabs(term);
+        }
+    }
+}
+
 float largest(const float * x, int n) {
     float most = x[0];
     for (int i = 0; i < n; ++i) {
@@ -241,7 +255,6 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar",   rows_to_f32, dots,       largest, exp2_sum,
-                                accumulate, scan,        sums_below, select,  mask_to_bits};
+const Kernels kScalarKernels = {"scalar", rows_to_f32, dots, dots_f64, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
 
 }  // namespace louver
