@@ -1,5 +1,6 @@
 # make demo   sets up everything and runs the demo
 # make test   sets up everything and runs the tests
+# make fuzz   attacks the index for 25 minutes (needs clang; FUZZ_SECONDS=60 make fuzz is a short one)
 # Both work in .venv inside the checkout and can be run again cheaply. HACKING.md has the rest.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -15,10 +16,10 @@ WERROR ?= OFF
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake cpp -type f 2>/dev/null)
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test fuzz lint format clean
 
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -3
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -4
 	@echo "make lint   ruff, mypy, clang-format; make format rewrites; make clean removes what was built"
 
 setup: $(VENV)/.installed $(VENV)/.model
@@ -29,6 +30,9 @@ demo: setup
 test: setup $(VENV)/.dev
 	@echo "==> tests"
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+fuzz: setup
+	@fuzz/run.sh
 
 lint: setup $(VENV)/.dev
 	@echo "==> ruff, mypy, clang-format"

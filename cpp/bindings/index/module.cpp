@@ -26,7 +26,8 @@ const char * const kKinds[] = {"grid", "ball"};
 const char * const kGroupings[] = {"tree", "kmeans"};
 const char * const kEnclosures[] = {"ball", "box"};
 const char * const kMethods[] = {"sum", "sweep", "filter"};
-const char * const kOracles[] = {"fixed", "sample_max", "sample_mean_max", "sample_top_k", "sample_gap", "budget", "top_k", "mass"};
+const char * const kOracles[] = {"fixed",      "sample_max", "sample_mean_max", "sample_top_k",
+                                 "sample_gap", "budget",     "top_k",           "mass"};
 const char * const kTypes[] = {"f32", "f16", "bf16"};
 
 template <class E, size_t kN> E named(const std::string & name, const char * const (&names)[kN], const char * what) {
@@ -46,7 +47,8 @@ using PyMatches = std::tuple<Ids, Ids, Out<double, 1>, std::tuple<int64_t, int64
 PyMatches to_python(Matches matches) {
     const size_t n = matches.ids.size();
     const size_t n_offsets = matches.offsets.size();
-    return {to_numpy(std::move(matches.offsets), n_offsets), to_numpy(std::move(matches.ids), n),
+    return {to_numpy(std::move(matches.offsets), n_offsets),
+            to_numpy(std::move(matches.ids), n),
             to_numpy(std::move(matches.scores), n),
             {matches.stats.n_bounded, matches.stats.n_scored, matches.stats.n_exact}};
 }
@@ -136,7 +138,8 @@ nb::object bfloat16_bits(const nb::ndarray<nb::ro, nb::device::cpu> & array) {
         shape.push_back(array.shape(i));
         strides.push_back(array.stride(i));
     }
-    return nb::cast(nb::ndarray<nb::numpy, const uint16_t>(array.data(), array.ndim(), shape.data(), nb::find(array), strides.data()));
+    return nb::cast(
+        nb::ndarray<nb::numpy, const uint16_t>(array.data(), array.ndim(), shape.data(), nb::find(array), strides.data()));
 }
 
 void raise_file_error(const std::exception_ptr & thrown, void *) {
@@ -227,9 +230,7 @@ void bind(nb::module_ & m) {
         .def("attend", &attend, "queries"_a, "values"_a, "dtype"_a, "oracle"_a, "scale"_a, "compensate"_a)
         .def(
             "key",
-            [](const Index & index, int64_t position) {
-                return to_numpy(index.key(position), index.n_head_kv(), index.dim());
-            },
+            [](const Index & index, int64_t position) { return to_numpy(index.key(position), index.n_head_kv(), index.dim()); },
             "position"_a)
         .def("is_live", &Index::is_live, "position"_a)
         .def("memory_usage", &memory_usage)

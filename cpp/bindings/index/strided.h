@@ -25,8 +25,14 @@ class Strided {
         }
         require(fits, std::string(what) + " is not a (n_head_kv, n, dim) array of " + dtype);
         const auto size = [&](int i) { return static_cast<int64_t>(buffer_.shape[i]); };
-        keys_ = {static_cast<const std::byte *>(buffer_.buf), type, static_cast<int>(size(0)), size(1), static_cast<int>(size(2)),
-                 buffer_.strides[0], buffer_.strides[1], buffer_.strides[2]};
+        keys_ = {static_cast<const std::byte *>(buffer_.buf),
+                 type,
+                 static_cast<int>(size(0)),
+                 size(1),
+                 static_cast<int>(size(2)),
+                 buffer_.strides[0],
+                 buffer_.strides[1],
+                 buffer_.strides[2]};
     }
     Strided(const Strided &) = delete;
     Strided & operator=(const Strided &) = delete;

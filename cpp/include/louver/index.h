@@ -79,13 +79,13 @@ struct Matches {
 
 // What is proven of a selection for one query.
 struct SelectionCertificate {
-    double tau = 0;           // every live key with q.k >= tau was selected
-    int64_t n_keys = 0;       // live
-    int64_t n_bounded = 0;    // bounded through the index
-    int64_t n_scored = 0;     // scored from the keys
+    double tau = 0;         // every live key with q.k >= tau was selected
+    int64_t n_keys = 0;     // live
+    int64_t n_bounded = 0;  // bounded through the index
+    int64_t n_scored = 0;   // scored from the keys
     int64_t n_selected = 0;
-    int64_t bytes_read = 0;   // of the index and of the keys
-    double delta = 0;         // the share of the softmax mass that was not selected is at most this
+    int64_t bytes_read = 0;  // of the index and of the keys
+    double delta = 0;        // the share of the softmax mass that was not selected is at most this
 };
 
 struct Selection {
@@ -97,7 +97,7 @@ struct Selection {
 struct Attention {
     std::vector<float> output;        // [n_query][value_dim]
     std::vector<double> error_bound;  // [n_query] |output - dense output| is at most this
-    std::vector<uint8_t> dense;       // [n_query] not 0: a NaN or an infinity was met, all live keys were attended in plain arithmetic
+    std::vector<uint8_t> dense;  // [n_query] not 0: a NaN or an infinity was met, all live keys were attended in plain arithmetic
     std::vector<SelectionCertificate> certificates;  // [n_query]
 };
 
@@ -148,9 +148,9 @@ class Index {
     // The keys that the oracle's threshold keeps. scale: what softmax multiplies q.k by, > 0.
     Selection select(std::span<const float> queries, const Oracle & oracle, double scale) const;
 
-    // Attention over the live keys and their values: softmax of q.k * scale over what the oracle keeps, and, with compensate, the rest
-    // as its approximate weight times the mean value of its block. values: n_head_kv heads of n_positions rows of any dim, those of
-    // removed positions are not read. Reads all live values once. Throws where no key is live.
+    // Attention over the live keys and their values: softmax of q.k * scale over what the oracle keeps, and, with compensate, the
+    // rest as its approximate weight times the mean value of its block. values: n_head_kv heads of n_positions rows of any dim,
+    // those of removed positions are not read. Reads all live values once. Throws where no key is live.
     Attention attend(std::span<const float> queries, const StridedKeys & values, const Oracle & oracle, double scale,
                      bool compensate) const;
 

@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <string>
 
-
 namespace louver {
 
 class IndexFileError : public std::runtime_error {

@@ -7,9 +7,9 @@
 
 namespace louver {
 
-// What is written goes to a temporary file in the same folder, "<name>.<process>-<number>.tmp"; commit() moves it over the name. A
-// process that is killed leaves what was there before, and maybe the temporary file; an exception leaves nothing. A symbolic link is
-// written through. All throw IndexFileError of reason system.
+// What is written goes to a temporary file in the same folder, "<name>.<process>-<number>.tmp"; commit() moves it over the name.
+// A process that is killed leaves what was there before, and maybe the temporary file; an exception leaves nothing. A symbolic
+// link is written through. All throw IndexFileError of reason system.
 class AtomicFile {
   public:
     explicit AtomicFile(const std::string & path);

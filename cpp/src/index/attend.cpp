@@ -49,8 +49,13 @@ ValueSummary summarize(const Rows & values, const std::vector<uint64_t> & live) 
 
 class Attend {
   public:
-    Attend(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Selected & selected, bool compensate)
-        : s_(state), queries_(queries), values_(values.type, values.n_head_kv, values.dim), selected_(selected), compensate_(compensate) {
+    Attend(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Selected & selected,
+           bool compensate)
+        : s_(state),
+          queries_(queries),
+          values_(values.type, values.n_head_kv, values.dim),
+          selected_(selected),
+          compensate_(compensate) {
         if (values.dim == 1 || values.element_stride == static_cast<int64_t>(row_bytes(values.type, 1))) {
             values_.borrow(values, nullptr);
         } else {
@@ -80,7 +85,8 @@ class Attend {
 
     void attend(int query) {
         const Scored & keys = selected_.keys[static_cast<size_t>(query)];
-        const bool finite = std::all_of(keys.scores.begin(), keys.scores.end(), [](double score) { return std::isfinite(score); });
+        const bool finite =
+            std::all_of(keys.scores.begin(), keys.scores.end(), [](double score) { return std::isfinite(score); });
         finite && summary(query).finite ? attend_selected(query, keys) : attend_all(query);
     }
 
@@ -108,8 +114,8 @@ class Attend {
         const double norm = std::sqrt(squared) * (1 + 0x1p-20);
         const double most = summary(query).norm + norm;  // two vectors differ by no more
         // In units of 2^reference, as the bounds are.
-        const double bound = error_bound(selected_.dropped[q], added * std::exp2(peak - reference), selected_.kept[q],
-                                         summary(query).norm, norm);
+        const double bound =
+            error_bound(selected_.dropped[q], added * std::exp2(peak - reference), selected_.kept[q], summary(query).norm, norm);
         out_.error_bound[q] = std::isfinite(bound) ? std::min(bound, most) : most;
     }
 
@@ -201,14 +207,18 @@ void require(bool holds, const std::string & message) {
 
 }  // namespace
 
-Attention attend_keys(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Oracle & oracle, double scale,
-                      bool compensate) {
-    require(values.type == DType::f32 || values.type == DType::f16 || values.type == DType::bf16, "type of values: accepted are f32, f16, bf16");
+Attention attend_keys(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Oracle & oracle,
+                      double scale, bool compensate) {
+    require(values.type == DType::f32 || values.type == DType::f16 || values.type == DType::bf16,
+            "type of values: accepted are f32, f16, bf16");
     require(values.n_head_kv == state.store.n_head_kv(), "n_head_kv of values is " + std::to_string(values.n_head_kv) +
-                                                             ", accepted is the index's " + std::to_string(state.store.n_head_kv()));
-    require(values.n == state.store.size(), "values have " + std::to_string(values.n) + " rows, accepted is one for each of the index's " +
+                                                             ", accepted is the index's " +
+                                                             std::to_string(state.store.n_head_kv()));
+    require(values.n == state.store.size(), "values have " + std::to_string(values.n) +
+                                                " rows, accepted is one for each of the index's " +
                                                 std::to_string(state.store.size()) + " positions");
-    require(values.dim >= 1 && values.dim <= kMaxDim, "dim of values is " + std::to_string(values.dim) + ", accepted is 1 to 1024");
+    require(values.dim >= 1 && values.dim <= kMaxDim,
+            "dim of values is " + std::to_string(values.dim) + ", accepted is 1 to 1024");
     const Selected selected = select_keys(state, queries, oracle, scale);
     return Attend(state, queries, values, selected, compensate).run();
 }

@@ -63,7 +63,8 @@ class BallHeadQuery final : public HeadQuery {
         }
     }
 
-    int64_t preselect(SearchMethod method, int i, double tau, const double * subspace_tau, std::span<uint64_t> cells) const override {
+    int64_t preselect(SearchMethod method, int i, double tau, const double * subspace_tau,
+                      std::span<uint64_t> cells) const override {
         const BallQuery & query = *queries_[static_cast<size_t>(i)];
         const int n_blocks = static_cast<int>(cells.size());
         if (method == SearchMethod::sweep) {

@@ -23,8 +23,8 @@ constexpr double kSlack = 1;
 constexpr double kReach = 1;
 #endif
 
-// Of a float64 sum of n products of float32: n * 2^-53 of its terms' magnitudes, twice for good measure; and the same for a bound's
-// share of the rounding of the sum over the subspaces.
+// Of a float64 sum of n products of float32: n * 2^-53 of its terms' magnitudes, twice for good measure; and the same for a
+// bound's share of the rounding of the sum over the subspaces.
 double sum_error(double magnitude, int n) { return kSlack * magnitude * (n + 4) * 0x1p-52; }
 
 }  // namespace
@@ -118,7 +118,8 @@ int64_t BallQuery::sweep(double tau, int n_blocks, uint64_t * cells) const {
         }
         n_rows = std::min<int64_t>(n_rows, std::ssize(upper));
     }
-    // Whatever was not seen before a row has no larger bound than the row's in any subspace. Once one list has ended, all was seen.
+    // Whatever was not seen before a row has no larger bound than the row's in any subspace. Once one list has ended, all was
+    // seen.
     int64_t rows = 0;
     for (; rows < n_rows; ++rows) {
         double most = 0;

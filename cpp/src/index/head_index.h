@@ -24,11 +24,11 @@ struct QueryBatch {
 struct WeightArgs {
     double to_log2;
     const float * reference;  // [n]
-    float * weight;           // out [n][stride]: for each cell of the blocks; 0 for cells not asked for, infinity where it overflows
+    float * weight;  // out [n][stride]: for each cell of the blocks; 0 for cells not asked for, infinity where it overflows
     int64_t stride;
-    float * estimate;         // out [n][estimate_stride]: per block, about which share of the upper bounds the weights are
+    float * estimate;  // out [n][estimate_stride]: per block, about which share of the upper bounds the weights are
     int64_t estimate_stride;
-    double * lower;           // in/out [n] += lower bound on the sum of the weights
+    double * lower;  // in/out [n] += lower bound on the sum of the weights
 };
 
 // Some queries against a HeadIndex that does not change meanwhile. Threads may call it at the same time.
@@ -44,7 +44,8 @@ class HeadQuery {
     virtual void weights(int first, int count, const uint64_t * cells, const WeightArgs & args) const = 0;
 
     // For the other methods than sum: of query i the cells of all blocks that may match. Returns how many rows were read.
-    virtual int64_t preselect(SearchMethod method, int i, double tau, const double * subspace_tau, std::span<uint64_t> cells) const = 0;
+    virtual int64_t preselect(SearchMethod method, int i, double tau, const double * subspace_tau,
+                              std::span<uint64_t> cells) const = 0;
 };
 
 class HeadIndex {

@@ -322,9 +322,9 @@ IndexContents read_index_file(const std::string & path) {
 
     IndexContents contents;
     contents.options.kind = static_cast<IndexKind>(h.kind);
-    contents.options.ball = {static_cast<int>(h.n_subspaces), static_cast<int>(h.group_size),
+    contents.options.ball = {static_cast<int>(h.n_subspaces),   static_cast<int>(h.group_size),
                              static_cast<Grouping>(h.grouping), static_cast<Enclosure>(h.enclosure),
-                             static_cast<int>(h.merge_at), h.seed};
+                             static_cast<int>(h.merge_at),      h.seed};
     contents.type = static_cast<DType>(h.type);
     contents.n_head_kv = static_cast<int>(h.n_head_kv);
     contents.dim = static_cast<int>(h.dim);

@@ -16,10 +16,10 @@ struct IndexContents {
     DType type = DType::f32;
     int n_head_kv = 1;
     int dim = 1;
-    int64_t n = 0;                                   // positions
-    std::vector<uint64_t> live;                      // [n_blocks_for(n)], no bit behind n
-    std::vector<std::vector<std::byte>> keys;        // [n_head_kv] of n rows of row_bytes(type, dim)
-    std::vector<std::vector<uint32_t>> groups;       // ball: [n_head_kv] of [n_subspaces][n], a number < n or 2^32 - 1
+    int64_t n = 0;                              // positions
+    std::vector<uint64_t> live;                 // [n_blocks_for(n)], no bit behind n
+    std::vector<std::vector<std::byte>> keys;   // [n_head_kv] of n rows of row_bytes(type, dim)
+    std::vector<std::vector<uint32_t>> groups;  // ball: [n_head_kv] of [n_subspaces][n], a number < n or 2^32 - 1
 };
 
 // Both throw IndexFileError.

@@ -13,12 +13,12 @@ QuerySet::QuerySet(const Index::State & state, std::span<const float> queries)
     const size_t n_head_kv = static_cast<size_t>(state.store.n_head_kv());
     const size_t n = queries.size() / dim;
     if (n * dim != queries.size()) {
-        throw std::invalid_argument("queries have " + std::to_string(queries.size()) + " numbers, accepted is a multiple of head_dim = " +
-                                    std::to_string(dim));
+        throw std::invalid_argument("queries have " + std::to_string(queries.size()) +
+                                    " numbers, accepted is a multiple of head_dim = " + std::to_string(dim));
     }
     if (n % n_head_kv != 0) {
-        throw std::invalid_argument("queries are " + std::to_string(n) + ", accepted is a multiple of n_head_kv = " +
-                                    std::to_string(n_head_kv));
+        throw std::invalid_argument("queries are " + std::to_string(n) +
+                                    ", accepted is a multiple of n_head_kv = " + std::to_string(n_head_kv));
     }
     n_ = static_cast<int>(n);
     per_head_ = n_ / static_cast<int>(n_head_kv);
@@ -30,8 +30,8 @@ QuerySet::QuerySet(const Index::State & state, std::span<const float> queries)
         for (size_t c = 0; c < dim; ++c) {
             const float x = queries[i * dim + c];
             if (!std::isfinite(x)) {
-                throw std::invalid_argument("queries has " + std::to_string(x) + " at [" + std::to_string(i) + ", " + std::to_string(c) +
-                                            "], accepted are finite numbers");
+                throw std::invalid_argument("queries has " + std::to_string(x) + " at [" + std::to_string(i) + ", " +
+                                            std::to_string(c) + "], accepted are finite numbers");
             }
             f32_[i * width_ + c] = x;
             f64_[i * width_ + c] = x;

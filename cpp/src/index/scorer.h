@@ -8,8 +8,8 @@
 
 namespace louver {
 
-// A float64 sum of dim exact products, in any order, is off by less than dim * 2^-53 of the sum of their magnitudes, and so is that
-// sum itself: this covers both (docs/guarantee.md, "Exact scores").
+// A float64 sum of dim exact products, in any order, is off by less than dim * 2^-53 of the sum of their magnitudes, and so is
+// that sum itself: this covers both (docs/guarantee.md, "Exact scores").
 constexpr double score_margin(double magnitude, int dim) { return magnitude * (dim + 8) * 0x1p-52; }
 
 struct Scored {

@@ -22,7 +22,12 @@ constexpr int kRunCells = kMaxRun * kBlockCells;
 class Search {
   public:
     Search(const Index::State & state, const QuerySet & queries, std::span<const double> tau, const SearchOptions & options)
-        : s_(state), queries_(queries), tau_(tau), options_(options), n_blocks_(state.n_blocks()), n_chunks_((n_blocks_ + kChunk - 1) / kChunk) {
+        : s_(state),
+          queries_(queries),
+          tau_(tau),
+          options_(options),
+          n_blocks_(state.n_blocks()),
+          n_chunks_((n_blocks_ + kChunk - 1) / kChunk) {
         const size_t n = static_cast<size_t>(queries.n());
         found_.resize(n * static_cast<size_t>(n_chunks_));
         bounded_.assign(n, 0);
@@ -85,7 +90,8 @@ class Search {
                 const int at = static_cast<int>(i) - batch.first;
                 if (at >= 0 && at < batch.n) {
                     const size_t q = static_cast<size_t>(i);
-                    const double * subspace_tau = options_.subspace_tau.empty() ? nullptr : options_.subspace_tau.data() + q * n_subspaces;
+                    const double * subspace_tau =
+                        options_.subspace_tau.empty() ? nullptr : options_.subspace_tau.data() + q * n_subspaces;
                     batch.query->preselect(options_.method, at, tau_[q], subspace_tau,
                                            std::span(preselected_).subspan(q * n_blocks, n_blocks));
                 }
@@ -133,7 +139,9 @@ class Search {
     }
 
     uint64_t preselected(int query, int block) const {
-        return preselected_.empty() ? ~uint64_t{0} : preselected_[static_cast<size_t>(query) * static_cast<size_t>(n_blocks_) + static_cast<size_t>(block)];
+        return preselected_.empty()
+                   ? ~uint64_t{0}
+                   : preselected_[static_cast<size_t>(query) * static_cast<size_t>(n_blocks_) + static_cast<size_t>(block)];
     }
 
     void prefetch(int head, const int32_t * cells, int n) const {
@@ -153,7 +161,8 @@ class Search {
             const bool filters = options_.method == SearchMethod::filter;
             const int n_subspaces = s_.options.ball.n_subspaces;
             const Scorer scorer(s_.store.rows(batch.head), queries_.f32(query), queries_.f64(query),
-                                filters ? options_.subspace_tau.data() + q * static_cast<size_t>(n_subspaces) : nullptr, n_subspaces);
+                                filters ? options_.subspace_tau.data() + q * static_cast<size_t>(n_subspaces) : nullptr,
+                                n_subspaces);
             scorer.add_matches(cells[i], n_cells[i], tau_[q], found(query, chunk));
             n_cells[i] = 0;
         }
@@ -181,7 +190,8 @@ void validate(const Index::State & s, const QuerySet & queries, std::span<const 
         }
     };
     const size_t n = static_cast<size_t>(queries.n());
-    require(tau.size() == n, "tau has " + std::to_string(tau.size()) + " numbers, accepted is one for each of " + std::to_string(n) + " queries");
+    require(tau.size() == n,
+            "tau has " + std::to_string(tau.size()) + " numbers, accepted is one for each of " + std::to_string(n) + " queries");
     for (size_t i = 0; i < tau.size(); ++i) {
         require(!std::isnan(tau[i]), "tau is NaN for query " + std::to_string(i) + ", accepted is a number or an infinity");
     }
@@ -197,7 +207,8 @@ void validate(const Index::State & s, const QuerySet & queries, std::span<const 
 
 }  // namespace
 
-Matches search_keys(const Index::State & state, const QuerySet & queries, std::span<const double> tau, const SearchOptions & options) {
+Matches search_keys(const Index::State & state, const QuerySet & queries, std::span<const double> tau,
+                    const SearchOptions & options) {
     validate(state, queries, tau, options);
     Search search(state, queries, tau, options);
     search.run();

@@ -26,11 +26,14 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Blocks of one piece of work.
 constexpr int kChunk = 4 * kMaxRun;
 
-// The reference of a query is the largest score of a few keys that tend to weigh much, and is raised where that was too little for
-// the weights to fit a float32.
+// The reference of a query is the largest score of a few keys that tend to weigh much, and is raised where that was too little
+// for the weights to fit a float32.
 constexpr int kProbesFirst = 4;
 constexpr int kProbesLast = 12;
 constexpr int kRaises = 2;
+
+// With more mass than this, in units of the reference, thresholds would leave float32's range.
+constexpr double kMostMass = 0x1p60;
 
 // Upper bounds on the weights of all keys for a batch of queries.
 class Weights {
@@ -74,7 +77,8 @@ class Weights {
   private:
     double bounded(int i, double score, double magnitude, int sign) const {
         const double scaled = score * to_log2_;
-        const double off = score_margin(magnitude, s_.store.dim()) * to_log2_ + (std::fabs(scaled) + std::fabs(reference(i))) * 0x1p-51;
+        const double off =
+            score_margin(magnitude, s_.store.dim()) * to_log2_ + (std::fabs(scaled) + std::fabs(reference(i))) * 0x1p-51;
         return std::exp2(scaled - reference(i) + sign * off) * (1.0 + sign * kWeightError);
     }
 
@@ -87,10 +91,8 @@ class Weights {
             return cells.size();
         };
         const int64_t n = s_.store.size();
-        for (int64_t p = 0; p < n && probe(p) < kProbesFirst; ++p) {
-        }
-        for (int64_t p = n - 1; p >= 0 && probe(p) < kProbesFirst + kProbesLast; --p) {
-        }
+        for (int64_t p = 0; p < n && probe(p) < kProbesFirst; ++p) {}
+        for (int64_t p = n - 1; p >= 0 && probe(p) < kProbesFirst + kProbesLast; --p) {}
         return cells;
     }
 
@@ -102,7 +104,8 @@ class Weights {
         for (const double score : scores) {
             most = std::isfinite(score) ? std::max(most, score) : most;
         }
-        const float scaled = static_cast<float>(most * to_log2_);
+        // Rounded up: with scores far from 0 a float's step is many log2 units.
+        const float scaled = std::nextafter(static_cast<float>(most * to_log2_), HUGE_VALF);
         return std::isfinite(scaled) ? scaled : 0.0f;
     }
 
@@ -151,8 +154,9 @@ class Weights {
             }
         }
         const int64_t at = static_cast<int64_t>(first) * kBlockCells;
-        batch_.query->weights(first, count, cells,
-                              {to_log2_, reference_.data(), weight_.data() + at, stride_, estimate_.data() + first, n_blocks_, lower});
+        batch_.query->weights(
+            first, count, cells,
+            {to_log2_, reference_.data(), weight_.data() + at, stride_, estimate_.data() + first, n_blocks_, lower});
         for (int b = 0; b < count; ++b) {
             for (uint64_t left = s_.live[static_cast<size_t>(first + b)] & ~cells[b]; left != 0; left &= left - 1) {
                 const int32_t cell = (first + b) * kBlockCells + std::countr_zero(left);
@@ -213,9 +217,14 @@ class Selector {
             parallel_for(batch.n, s_.n_threads(), [&](int64_t at) {
                 const int i = static_cast<int>(at);
                 if (by_mass) {
-                    select_mass(weights, batch, i);
+                    select_mass(weights, batch, i, mass_threshold(weights, i));
                 }
                 certify(weights, batch, i);
+                // Where epsilon cannot be certified, nothing is dropped.
+                if (by_mass && !(certificate(batch.first + i).delta <= oracle_.epsilon)) {
+                    select_mass(weights, batch, i, 0);
+                    certify(weights, batch, i);
+                }
             });
         }
         return std::move(out_);
@@ -251,9 +260,7 @@ class Selector {
         return tau;
     }
 
-    Scorer scorer(int query) const {
-        return {s_.store.rows(queries_.head_of(query)), queries_.f32(query), queries_.f64(query)};
-    }
+    Scorer scorer(int query) const { return {s_.store.rows(queries_.head_of(query)), queries_.f32(query), queries_.f64(query)}; }
 
     // Of each query a threshold that k keys reach, and no others but those within float64's rounding of the k-th.
     std::vector<double> kth_largest() const {
@@ -318,24 +325,27 @@ class Selector {
     }
 
     // The engine's oracle on the weights: a threshold for which what is dropped satisfies epsilon by its own sum.
-    void select_mass(const Weights & weights, const QuerySet::Batch & batch, int i) {
-        const double lower = weights.lower(i);
-        float threshold = 0;
-        if (oracle_.epsilon > 0 && lower > 0) {
-            const MassOracle oracle(oracle_.epsilon, s_.n_live);
-            const auto sums = [&](const Candidates & candidates) {
-                Sums below{};
-                kernels().sums_below(weights.of(i), weights.size(), candidates.data(), below.data());
-                return below;
-            };
-            const float guess = oracle.guess(sums(oracle.coarse()), lower);
-            const bool exceeds = !oracle.satisfies(dropped_under(weights, i, guess), lower);
-            threshold = guess;
-            if (exceeds || oracle.is_open(guess)) {
-                const Candidates fine = oracle.fine(guess, exceeds, lower);
-                threshold = oracle.refined(fine, sums(fine), lower);
-            }
+    float mass_threshold(const Weights & weights, int i) const {
+        const double lower = weights.lower(i) * (1.0 - 4 * kWeightError);  // so that delta, too, satisfies it
+        if (!(oracle_.epsilon > 0 && lower > 0 && lower < kMostMass)) {
+            return 0;
         }
+        const MassOracle oracle(oracle_.epsilon, s_.n_live);
+        const auto sums = [&](const Candidates & candidates) {
+            Sums below{};
+            kernels().sums_below(weights.of(i), weights.size(), candidates.data(), below.data());
+            return below;
+        };
+        const float guess = oracle.guess(sums(oracle.coarse()), lower);
+        const bool exceeds = !oracle.satisfies(dropped_under(weights, i, guess), lower);
+        if (!exceeds && !oracle.is_open(guess)) {
+            return guess;
+        }
+        const Candidates fine = oracle.fine(guess, exceeds, lower);
+        return oracle.refined(fine, sums(fine), lower);
+    }
+
+    void select_mass(const Weights & weights, const QuerySet::Batch & batch, int i, float threshold) {
         const int query = batch.first + i;
         std::vector<int32_t> cells;
         for (size_t b = 0; b < s_.live.size(); ++b) {
@@ -357,7 +367,8 @@ class Selector {
 
     double dropped_under(const Weights & weights, int i, float threshold) const {
         const float * weight = weights.of(i);
-        return std::accumulate(weight, weight + weights.size(), 0.0, [threshold](double sum, float w) { return w < threshold ? sum + w : sum; });
+        return std::accumulate(weight, weight + weights.size(), 0.0,
+                               [threshold](double sum, float w) { return w < threshold ? sum + w : sum; });
     }
 
     void certify(const Weights & weights, const QuerySet::Batch & batch, int i) {

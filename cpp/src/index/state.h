@@ -76,12 +76,13 @@ struct Selected {
 };
 
 // The caller holds the lock.
-Matches search_keys(const Index::State & state, const QuerySet & queries, std::span<const double> tau, const SearchOptions & options);
+Matches search_keys(const Index::State & state, const QuerySet & queries, std::span<const double> tau,
+                    const SearchOptions & options);
 // The matches of each query, with what their scores may be off.
 std::vector<Scored> score_matches(const Index::State & state, const QuerySet & queries, std::span<const double> tau);
 Selected select_keys(const Index::State & state, const QuerySet & queries, const Oracle & oracle, double scale);
 
-Attention attend_keys(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Oracle & oracle, double scale,
-                      bool compensate);
+Attention attend_keys(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Oracle & oracle,
+                      double scale, bool compensate);
 
 }  // namespace louver

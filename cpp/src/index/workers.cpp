@@ -52,7 +52,8 @@ class Workers {
 
   private:
     void take() {
-        for (int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < n_; i = next_.fetch_add(1, std::memory_order_relaxed)) {
+        for (int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < n_;
+             i = next_.fetch_add(1, std::memory_order_relaxed)) {
             (*f_)(i);
         }
     }

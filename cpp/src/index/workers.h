@@ -9,8 +9,8 @@ namespace louver {
 // Threads that the machine can run at once.
 int hardware_threads();
 
-// Calls f(i) for each i in 0..n, in this thread and in up to n_threads - 1 others, in no order. Calls from several threads at once
-// take turns at the others: one that finds them busy works alone. f must not throw; an exception ends the process.
+// Calls f(i) for each i in 0..n, in this thread and in up to n_threads - 1 others, in no order. Calls from several threads at
+// once take turns at the others: one that finds them busy works alone. f must not throw; an exception ends the process.
 void parallel_for(int64_t n, int n_threads, const std::function<void(int64_t)> & f);
 
 }  // namespace louver

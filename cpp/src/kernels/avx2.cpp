@@ -223,7 +223,8 @@ void dots_f64(const double * query, const Rows & keys, const int32_t * cells, in
             __m256d size[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
             const auto add = [&](int c, __m256 key) {
                 const __m256d term0 = _mm256_mul_pd(_mm256_loadu_pd(query + c), _mm256_cvtps_pd(_mm256_castps256_ps128(key)));
-                const __m256d term1 = _mm256_mul_pd(_mm256_loadu_pd(query + c + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(key, 1)));
+                const __m256d term1 =
+                    _mm256_mul_pd(_mm256_loadu_pd(query + c + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(key, 1)));
                 sum[0] = _mm256_add_pd(sum[0], term0);
                 sum[1] = _mm256_add_pd(sum[1], term1);
                 size[0] = _mm256_add_pd(size[0], _mm256_andnot_pd(sign, term0));
@@ -679,7 +680,8 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", rows_to_f32, dots, dots_f64, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
+const Kernels kAvx2Kernels = {"avx2",     rows_to_f32, dots,       dots_f64, largest,     exp2_sum,
+                              accumulate, scan,        sums_below, select,   mask_to_bits};
 
 }  // namespace louver
 

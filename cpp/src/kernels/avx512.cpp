@@ -224,7 +224,8 @@ void dots_f64(const double * query, const Rows & keys, const int32_t * cells, in
             __m512d size[2] = {};
             const auto add = [&](int c, __m512 key) {
                 const __m512d term0 = _mm512_mul_pd(_mm512_loadu_pd(query + c), _mm512_cvtps_pd(_mm512_castps512_ps256(key)));
-                const __m512d term1 = _mm512_mul_pd(_mm512_loadu_pd(query + c + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(key, 1)));
+                const __m512d term1 =
+                    _mm512_mul_pd(_mm512_loadu_pd(query + c + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(key, 1)));
                 sum[0] = _mm512_add_pd(sum[0], term0);
                 sum[1] = _mm512_add_pd(sum[1], term1);
                 size[0] = _mm512_add_pd(size[0], _mm512_abs_pd(term0));
@@ -698,7 +699,8 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", rows_to_f32, dots, dots_f64, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
+const Kernels kAvx512Kernels = {"avx512",   rows_to_f32, dots,       dots_f64, largest,     exp2_sum,
+                                accumulate, scan,        sums_below, select,   mask_to_bits};
 
 }  // namespace louver
 

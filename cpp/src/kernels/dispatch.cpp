@@ -1,4 +1,8 @@
 // Chooses the kernels once per process: the best instruction set the machine has, or the one LOUVER_ISA names.
+#ifdef LOUVER_X86
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -8,6 +12,14 @@
 
 namespace louver {
 namespace {
+
+#ifdef LOUVER_X86
+// __builtin_cpu_supports("f16c") is unknown to clang 14.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 struct Candidate {
     const Kernels * table;
@@ -22,8 +34,7 @@ const Candidate kAll[] = {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      }},
-    {&kAvx2Kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {&kAvx2Kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }},
 #endif
     {&kScalarKernels, [] { return true; }},
 };

@@ -255,6 +255,7 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", rows_to_f32, dots, dots_f64, largest, exp2_sum, accumulate, scan, sums_below, select, mask_to_bits};
+const Kernels kScalarKernels = {"scalar",   rows_to_f32, dots,       dots_f64, largest,     exp2_sum,
+                                accumulate, scan,        sums_below, select,   mask_to_bits};
 
 }  // namespace louver

@@ -10,8 +10,8 @@ namespace louver {
 // Throws std::invalid_argument for a parameter out of range.
 void validate(const Oracle & oracle);
 
-// tau for a sampling oracle. scores: q.k of the sample, in any order, reordered; what is not finite is left out. Fewer than k: the
-// smallest. None: -infinity.
+// tau for a sampling oracle. scores: q.k of the sample, in any order, reordered; what is not finite is left out. Fewer than k:
+// the smallest. None: -infinity.
 double sample_threshold(const Oracle & oracle, std::span<double> scores);
 
 }  // namespace louver

@@ -1,0 +1,22 @@
+# The fuzz targets (fuzz/run.sh): libFuzzer, with and without sanitizers, and a build without slack that has to be caught.
+if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  message(FATAL_ERROR "LOUVER_FUZZ needs clang: -DCMAKE_CXX_COMPILER=clang++")
+endif()
+
+function(louver_add_fuzzer name source)
+  cmake_parse_arguments(ARG "" "" "OPTIONS;DEFINITIONS" ${ARGN})
+  add_executable(${name} EXCLUDE_FROM_ALL "${CMAKE_CURRENT_SOURCE_DIR}/fuzz/${source}" ${_core_sources})
+  target_include_directories(${name} PRIVATE "${_cpp}/include" "${_cpp}/src")
+  target_include_directories(${name} SYSTEM PRIVATE "${LOUVER_LLAMA_CPP_DIR}/vendor/hash")
+  target_compile_options(${name} PRIVATE ${_warnings} ${_numerics} -Wno-unknown-warning-option -fsanitize=fuzzer ${ARG_OPTIONS})
+  target_compile_definitions(${name} PRIVATE LOUVER_X86 ${ARG_DEFINITIONS})
+  target_link_options(${name} PRIVATE -fsanitize=fuzzer ${ARG_OPTIONS})
+  target_link_libraries(${name} PRIVATE Threads::Threads)
+endfunction()
+
+set(_sanitize -g -fsanitize=address,undefined -fno-sanitize-recover=all)
+louver_add_fuzzer(fuzz_index fuzz_index.cpp)
+louver_add_fuzzer(fuzz_index_sanitized fuzz_index.cpp OPTIONS ${_sanitize})
+louver_add_fuzzer(fuzz_index_zero_slack fuzz_index.cpp DEFINITIONS LOUVER_ZERO_SLACK)
+louver_add_fuzzer(fuzz_load_sanitized fuzz_load.cpp OPTIONS ${_sanitize})
+add_custom_target(fuzz DEPENDS fuzz_index fuzz_index_sanitized fuzz_index_zero_slack fuzz_load_sanitized)
