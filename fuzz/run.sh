@@ -40,7 +40,7 @@ each=$((seconds * 2 / ${#jobs[@]}))
 run() {
   local target=$1 isa=$2 log=.cache/$1-$2.log
   mkdir -p "$corpus/$target"
-  LOUVER_ISA=$isa $build/"$target" "$corpus/$target" -max_total_time="$each" -max_len=512 -timeout=60 -rss_limit_mb=4096 \
+  LOUVER_ISA=$isa $build/"$target" "$corpus/$target" -max_total_time="$each" -max_len=512 -len_control=0 -timeout=60 -rss_limit_mb=4096 \
     -print_final_stats=1 -artifact_prefix="$corpus/$target-$isa-" >"$log" 2>&1
 }
 export -f run
@@ -55,7 +55,7 @@ for job in "${jobs[@]}"; do
   set -- $job
   log=.cache/$1-$2.log
   runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
-  line=$(grep -a 'checked pairs' "$log" | tail -n 1)
+  line=$(grep -a 'checked pairs' "$log" | tail -n 1 || true)
   pairs=$(echo "$line" | sed -n 's/checked pairs: \([0-9]*\).*/\1/p')
   result=$(echo "$line" | sed -n 's/.*pairs: [0-9]*, //p')
   printf '%-22s %-8s %12s %16s %s\n' "$1" "$2" "${runs:-?}" "${pairs:-?}" "${result:-see $log}"

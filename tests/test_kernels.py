@@ -194,6 +194,52 @@ def test_dots_f64_do_not_overflow_or_vanish(isa: str, dtype: str) -> None:
         assert np.isnan(score[2]) and score[3] == np.inf
 
 
+# Building the grid
+
+
+@each_isa
+@each_dim
+def test_squared_norm_and_range(rng: np.random.Generator, isa: str, dim: int) -> None:
+    rows = (rng.normal(size=(9, dim)) * 10.0 ** rng.integers(-20, 20, (9, 1))).astype(np.float32)
+    for row in rows:
+        exact = math.fsum(float(x) ** 2 for x in row)
+        assert core.squared_norm(isa, row) == pytest.approx(exact, rel=2.0**-40)
+    low, high = core.range(isa, rows)
+    np.testing.assert_array_equal(low[:dim], rows.min(0))
+    np.testing.assert_array_equal(high[:dim], rows.max(0))
+    for bad in (np.nan, np.inf, -np.inf):
+        rows[3, dim // 2] = bad
+        assert not np.isfinite(core.squared_norm(isa, rows[3]))
+    assert np.isfinite(core.squared_norm(isa, np.full(dim, 3e38, np.float32)))
+
+
+@each_isa
+@each_dim
+def test_encode(rng: np.random.Generator, isa: str, dim: int) -> None:
+    center = store(rng.normal(size=dim).astype(np.float32), "bf16").view(np.uint16)
+    step = store(np.abs(rng.normal(size=dim) / 100).astype(np.float32), "bf16").view(np.uint16)
+    step[dim // 2] = 0
+    middle, width = (load(x.view(np.uint8), "bf16").astype(np.float64) for x in (center, step))
+    n_fits = 0
+    for reach in (0.5, 1, 127, 129) * 5:
+        key = (middle + width * rng.uniform(-reach, reach, dim)).astype(np.float32)
+        if reach == 129:
+            key[dim // 2] = np.nextafter(key[dim // 2], np.float32(9))  # beside a channel without a step
+        fits, residual, squared, code = core.encode(isa, key, center, step)
+        assert (fits, residual, squared) == pytest.approx(core.encode("scalar", key, center, step)[:3], rel=2.0**-40)
+        if not fits:
+            continue
+        n_fits += 1
+        levels = code[:dim].astype(np.int64) - 128
+        np.testing.assert_array_equal(code, core.encode("scalar", key, center, step)[3])
+        assert not code[dim:].any()
+        exact = key - (middle + width * levels)
+        assert residual == pytest.approx((exact**2).sum(), rel=2.0**-40, abs=1e-300)
+        assert squared == (levels**2).sum()
+        assert (np.abs(exact) <= width * 0.5001 + 1e-7).all()
+    assert 0 < n_fits < 20
+
+
 @each_isa
 def test_dots_carry_nan_and_infinity(rng: np.random.Generator, isa: str) -> None:
     for dim in (63, 64):

@@ -84,6 +84,29 @@ def load_layers(path: Path) -> Iterator[Layer]:
             )
 
 
+def library_keys(path: Path, n: int, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Keys (n, dim) and queries (n_query, dim) for work with the index alone, from the layers of a capture in turn.
+
+    Where a head has fewer than ``dim`` channels, several KV heads of the same cell and layer are joined, and as many query
+    heads that read them; where it has more, the first ``dim`` are taken. Raises ValueError where there are fewer keys.
+    """
+    keys: list[npt.NDArray[np.float32]] = []
+    queries: list[npt.NDArray[np.float32]] = []
+    for layer in load_layers(path):
+        joined = -(-dim // layer.key_dim)
+        n_gqa = layer.n_head // layer.n_head_kv
+        k = decoded(layer.k, layer.type_k)
+        for first in range(0, layer.n_head_kv - joined + 1, joined):
+            heads = range(first, first + joined)
+            keys.append(np.concatenate([k[:, h] for h in heads], axis=1)[:, :dim])
+            queries.append(np.concatenate([layer.queries[:, h * n_gqa] for h in heads], axis=1)[:, :dim])
+        if sum(map(len, keys)) >= n:
+            return np.ascontiguousarray(np.concatenate(keys)[:n]), np.concatenate(queries)
+    raise ValueError(
+        f"the capture has {sum(map(len, keys))} keys of {dim} channels, and {n} are wanted: capture more tokens"
+    )
+
+
 def random_layers(shape: Sequence[int], n_step: int = 8, seed: int = 0) -> Iterator[Layer]:
     """Gaussian queries, keys and values: (n_layer, n_head, n_head_kv, head_dim, n_kv)."""
     n_layer, n_head, n_head_kv, head_dim, n_kv = shape

@@ -206,6 +206,41 @@ Out<float, 2> accumulate(const std::string & isa, const In<float, 2> & weight, c
     return out.to_numpy(n_query, padded(cache.dim()));
 }
 
+double squared_norm(const std::string & isa, const In<float, 1> & row) {
+    const int dim = static_cast<int>(row.shape(0));
+    Guarded<float> wide(static_cast<size_t>(padded(dim)));
+    std::fill_n(std::copy_n(row.data(), row.shape(0), wide.data()), padded(dim) - dim, 0.0f);
+    return kernels_of(isa).squared_norm(wide.data(), dim);
+}
+
+std::tuple<Out<float, 1>, Out<float, 1>> range(const std::string & isa, const In<float, 2> & rows) {
+    const int dim = static_cast<int>(rows.shape(1));
+    const size_t width = static_cast<size_t>(padded(dim));
+    Guarded<float> wide = padded_rows(rows);
+    Guarded<float> low(wide.data(), width);
+    Guarded<float> high(wide.data(), width);
+    for (size_t i = 1; i < rows.shape(0); ++i) {
+        kernels_of(isa).widen(wide.data() + i * width, dim, low.data(), high.data());
+    }
+    return {low.to_numpy(width), high.to_numpy(width)};
+}
+
+std::tuple<bool, double, int64_t, Out<uint8_t, 1>> encode(const std::string & isa, const In<float, 1> & key,
+                                                          const In<uint16_t, 1> & center, const In<uint16_t, 1> & step) {
+    const size_t dim = key.shape(0);
+    require(center.shape(0) == dim && step.shape(0) == dim, "encode: key, center and step are of different dim");
+    const size_t width = static_cast<size_t>(padded(static_cast<int>(dim)));
+    std::vector<float> wide(width);
+    std::vector<uint16_t> centers(width);
+    std::vector<uint16_t> steps(width);
+    std::copy_n(key.data(), dim, wide.begin());
+    std::copy_n(center.data(), dim, centers.begin());
+    std::copy_n(step.data(), dim, steps.begin());
+    Guarded<uint8_t> code(width);
+    const Encoding e = kernels_of(isa).encode(wide.data(), centers.data(), steps.data(), static_cast<int>(dim), code.data());
+    return {e.fits, e.residual_squared, e.code_squared, code.to_numpy(width)};
+}
+
 using Scanned = std::tuple<Out<float, 2>, Out<float, 2>, Out<double, 1>, Out<double, 2>>;
 
 Scanned scan(const std::string & isa, const GridIndex & index, const In<uint64_t, 2> & cells, const In<float, 2> & query,
@@ -502,6 +537,10 @@ void bind_kernels(nb::module_ & m) {
           "(any,) int32: rows to prefetch.");
     m.def("dots_f64", &dots_f64, "isa"_a, "query"_a, "keys"_a, "head"_a = 0, "cells"_a = nb::none(),
           "(n,) float64 query . key and the sums of the terms' magnitudes; query (dim,) float32; `cells` (n,) int32, or all.");
+    m.def("squared_norm", &squared_norm, "isa"_a, "row"_a, "Of (dim,) float32.");
+    m.def("range", &range, "isa"_a, "rows"_a, "The least and the largest of each column of (n, dim) float32, n >= 1, padded.");
+    m.def("encode", &encode, "isa"_a, "key"_a, "center"_a, "step"_a,
+          "(fits, residual_squared, code_squared, code); key (dim,) float32, center and step (dim,) uint16 bfloat16.");
     m.def("largest", &largest, "isa"_a, "x"_a, "The largest of x, (n,) float32, n >= 1; NaN if one is.");
     m.def("exp2_sum", &exp2_sum, "isa"_a, "x"_a, "scale"_a, "shift"_a, "2^(x * scale - shift) of x, (n,) float32, and the sum.");
     m.def(

@@ -27,6 +27,8 @@ def as_numpy(name: str, given: Any) -> tuple[npt.NDArray[Any], str]:
 
     Raises TypeError where it is no array of an accepted dtype, ValueError where it is not in host memory.
     """
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, accepted is one without a mask")
     if isinstance(given, np.ndarray):
         array = given
     elif hasattr(given, "__dlpack__"):
@@ -43,7 +45,9 @@ def as_numpy(name: str, given: Any) -> tuple[npt.NDArray[Any], str]:
             ) from None
     kind = array.dtype.name
     if kind not in _NAMES or not array.dtype.isnative:
-        raise TypeError(f"{name} has dtype {array.dtype.str if kind in _NAMES else kind}, accepted is {ACCEPTED}")
+        raise TypeError(
+            f"{name} has dtype {array.dtype.str if kind in _NAMES else kind}, accepted is {ACCEPTED}"
+        )
     if kind == "bfloat16":
         return array.view(np.uint16), kind
     return array, kind
@@ -57,7 +61,9 @@ def as_keys(name: str, given: Any, n_head_kv: int | None = None, dim: int | None
     if array.ndim == 2:
         array = array[np.newaxis]
     if n_head_kv is not None and array.shape[0] != n_head_kv:
-        raise ValueError(f"{name} has {array.shape[0]} heads, accepted is the index's n_head_kv = {n_head_kv}")
+        raise ValueError(
+            f"{name} has {array.shape[0]} heads, accepted is the index's n_head_kv = {n_head_kv}"
+        )
     if dim is not None and array.shape[2] != dim:
         raise ValueError(f"{name} has head_dim {array.shape[2]}, accepted is the index's {dim}")
     if not 1 <= array.shape[2] <= 1024:
@@ -74,15 +80,21 @@ def as_queries(given: Any, n_head_kv: int, dim: int) -> tuple[npt.NDArray[np.flo
     """
     array, kind = as_numpy("queries", given)
     if array.ndim not in (1, 2, 3):
-        raise ValueError(f"queries has shape {array.shape}, accepted is (dim,), (n_query, dim) or (n_head_kv, n_gqa, dim)")
+        raise ValueError(
+            f"queries has shape {array.shape}, accepted is (dim,), (n_query, dim) or (n_head_kv, n_gqa, dim)"
+        )
     if array.shape[-1] != dim:
         raise ValueError(f"queries has head_dim {array.shape[-1]}, accepted is the index's {dim}")
     if array.ndim == 3 and array.shape[0] != n_head_kv:
-        raise ValueError(f"queries has shape {array.shape}, accepted is ({n_head_kv}, n_gqa, {dim}): one entry per KV head")
+        raise ValueError(
+            f"queries has shape {array.shape}, accepted is ({n_head_kv}, n_gqa, {dim}): one entry per KV head"
+        )
     lead = array.shape[:-1]
     n_query = int(np.prod(lead, dtype=np.int64))
     if n_query % n_head_kv != 0:
-        raise ValueError(f"queries are {n_query}, accepted is a multiple of the index's n_head_kv = {n_head_kv}")
+        raise ValueError(
+            f"queries are {n_query}, accepted is a multiple of the index's n_head_kv = {n_head_kv}"
+        )
     if kind == "bfloat16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return np.ascontiguousarray(array.reshape(n_query, dim), dtype=np.float32), lead
@@ -91,7 +103,9 @@ def as_queries(given: Any, n_head_kv: int, dim: int) -> tuple[npt.NDArray[np.flo
 def _from_dlpack(name: str, given: Any) -> npt.NDArray[Any]:
     device = getattr(given, "__dlpack_device__", lambda: (1, 0))()
     if int(device[0]) != 1:
-        raise ValueError(f"{name} is on device {tuple(map(int, device))}, accepted is host memory (DLPack device type 1)")
+        raise ValueError(
+            f"{name} is on device {tuple(map(int, device))}, accepted is host memory (DLPack device type 1)"
+        )
     try:
         return np.from_dlpack(given)
     except (BufferError, RuntimeError, TypeError):

@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _index as core
-from ._arrays import DTYPES, Keys, as_keys, as_numpy, as_queries
+from ._arrays import DTYPES, Keys, as_keys, as_queries
 from .matches import Certificate, Matches, SearchStats, Selection
 from .oracles import Oracle
 
@@ -118,13 +119,13 @@ class Index:
         CorruptIndexError, IndexSystemError. A file, however wrong, cannot make a search miss a key: it holds keys, and
         the bounds are made anew (docs/format.md).
         """
-        name = os.fsdecode(os.fspath(path))
-        os.stat(name)
+        name = _path(path)
+        Path(os.fsdecode(name)).stat()  # Python's own error where there is none
         return cls(core.Index.load(name, _integer("n_threads", n_threads, 0, 1024)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index to a file; one that is there is replaced as a whole. Raises IndexSystemError."""
-        self._core.save(os.fsdecode(os.fspath(path)))
+        self._core.save(_path(path))
 
     def append(self, keys: Any) -> range:
         """Adds keys, (n, dim) or (n_head_kv, n, dim), of the index's dtype; returns their positions."""
@@ -137,7 +138,9 @@ class Index:
         at = _positions(positions)
         view = self._keys(keys)
         if view.array.shape[1] != len(at):
-            raise ValueError(f"keys has {view.array.shape[1]} keys, accepted is one for each of {len(at)} positions")
+            raise ValueError(
+                f"keys has {view.array.shape[1]} keys, accepted is one for each of {len(at)} positions"
+            )
         self._core.update(at, view.array, view.dtype)
 
     def remove(self, positions: Iterable[int] | npt.NDArray[Any]) -> None:
@@ -223,7 +226,11 @@ class Index:
 
     def __contains__(self, position: object) -> bool:
         """Whether the position is live."""
-        return isinstance(position, Integral) and -(2**63) <= position < 2**63 and self._core.is_live(int(position))
+        return (
+            isinstance(position, Integral)
+            and -(2**63) <= position < 2**63
+            and self._core.is_live(int(position))
+        )
 
     @property
     def memory_usage(self) -> MemoryUsage:
@@ -280,14 +287,20 @@ class Index:
             raise ValueError(f"scale must be a number above 0 and below 1e30, not {scale!r}")
         return float(scale)
 
-    def _subspace_tau(self, given: npt.ArrayLike | None, method: str, n: int) -> npt.NDArray[np.float64] | None:
+    def _subspace_tau(
+        self, given: npt.ArrayLike | None, method: str, n: int
+    ) -> npt.NDArray[np.float64] | None:
         if (given is not None) != (method == "filter"):
             wanted = "given with" if method == "filter" else "for"
             raise ValueError(f"subspace_tau must be {wanted} method 'filter' only, the method is {method!r}")
-        return None if given is None else _thresholds("subspace_tau", given, (n, self._core.options.n_subspaces))
+        return (
+            None if given is None else _thresholds("subspace_tau", given, (n, self._core.options.n_subspaces))
+        )
 
 
-def certificate(found: core.SelectionCertificate, error_bound: float | None = None, dense: bool = False) -> Certificate:
+def certificate(
+    found: core.SelectionCertificate, error_bound: float | None = None, dense: bool = False
+) -> Certificate:
     """The core's certificate as Python's."""
     return Certificate(
         tau=found.tau,
@@ -303,7 +316,7 @@ def certificate(found: core.SelectionCertificate, error_bound: float | None = No
 
 
 def _oracle(given: Any) -> core.Oracle:
-    if not isinstance(given, Oracle):
+    if not isinstance(given, Oracle) or not hasattr(given, "kind"):
         raise TypeError(f"oracle must be one of louver_llama.oracles, not {given!r}")
     return given._to_core()
 
@@ -316,31 +329,52 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
     return int(value)
 
 
+def _path(given: Any) -> bytes:
+    name = os.fsencode(given)
+    if b"\0" in name:
+        raise ValueError(f"path has a null byte: {given!r}")
+    return name
+
+
 def _positions(given: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    array = np.asarray(given if isinstance(given, np.ndarray) else list(given))
-    if array.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"positions has dtype {array.dtype}, accepted are integers")
-    if array.ndim != 1:
-        raise ValueError(f"positions has shape {array.shape}, accepted is (n,)")
-    if array.dtype == np.uint64 and array.max() > 2**63 - 1:
-        raise ValueError(f"positions has {array.max()}, accepted is 0 to n_positions - 1")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    wanted = "integers in [0, n_positions)"
+    try:
+        listed = given if isinstance(given, np.ndarray) else list(given)
+    except TypeError:
+        raise TypeError(f"positions must be a sequence of {wanted}, not {given!r}") from None
+    if not isinstance(listed, np.ndarray):
+        for position in listed:
+            if isinstance(position, (bool, np.bool_)) or not isinstance(position, Integral):
+                raise TypeError(f"positions must be {wanted}, not {position!r}")
+            if not 0 <= position < 2**63:
+                raise ValueError(f"positions must be {wanted}, not {position!r}")
+        return np.array(listed, dtype=np.int64)
+    if listed.ndim != 1:
+        raise ValueError(f"positions has shape {listed.shape}, accepted is (n,)")
+    if listed.dtype.kind not in "iu":
+        raise TypeError(f"positions has dtype {listed.dtype}, accepted are {wanted}")
+    if listed.dtype == np.uint64 and listed.size and listed.max() >= 2**63:
+        raise ValueError(f"positions must be {wanted}, not {listed.max()}")
+    return np.ascontiguousarray(listed, dtype=np.int64)
 
 
 def _thresholds(name: str, given: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     try:
-        array = np.asarray(given)
-        if array.dtype.kind not in "iuf":
-            raise TypeError
-        array = array.astype(np.float64)
-    except TypeError:
-        raise TypeError(f"{name} must be numbers, not {given!r}") from None
-    try:
-        array = np.broadcast_to(array, shape)
+        exact = np.asarray(given)
     except ValueError:
-        raise ValueError(f"{name} has shape {array.shape}, accepted is what broadcasts to {shape}") from None
+        exact = np.empty(0, dtype=object)
+    if exact.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be numbers that float64 can hold, not {given!r}")
+    array = exact.astype(np.float64)
     if np.isnan(array).any():
         raise ValueError(f"{name} has a NaN, accepted is a number or an infinity")
-    return np.ascontiguousarray(array)
+    if exact.dtype.kind in "iu":
+        rounds = bool((np.abs(array) > 2.0**53).any())
+    else:
+        rounds = bool((array.astype(exact.dtype) != exact).any())
+    if rounds:
+        raise ValueError(f"{name} has a number that float64 cannot hold, and rounding it would change the range")
+    try:
+        return np.ascontiguousarray(np.broadcast_to(array, shape))
+    except ValueError:
+        raise ValueError(f"{name} has shape {array.shape}, accepted is what broadcasts to {shape}") from None

@@ -15,7 +15,17 @@ from typing import Any, ClassVar
 
 from ._index import Oracle as _CoreOracle
 
-__all__ = ["Budget", "Fixed", "Mass", "Oracle", "SampleGap", "SampleMax", "SampleMeanMax", "SampleTopK", "TopK"]
+__all__ = [
+    "Budget",
+    "Fixed",
+    "Mass",
+    "Oracle",
+    "SampleGap",
+    "SampleMax",
+    "SampleMeanMax",
+    "SampleTopK",
+    "TopK",
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,12 @@ class Fixed(Oracle):
     kind: ClassVar[str] = "fixed"
 
     def __post_init__(self) -> None:
-        _number("tau", self.tau, "a number or an infinity", not isnan(self.tau) if isinstance(self.tau, Real) else False)
+        _number(
+            "tau",
+            self.tau,
+            "a number or an infinity",
+            not isnan(self.tau) if isinstance(self.tau, Real) else False,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,12 @@ class Mass(Oracle):
     kind: ClassVar[str] = "mass"
 
     def __post_init__(self) -> None:
-        _number("epsilon", self.epsilon, "a number in [0, 1)", isinstance(self.epsilon, Real) and 0 <= self.epsilon < 1)
+        _number(
+            "epsilon",
+            self.epsilon,
+            "a number in [0, 1)",
+            isinstance(self.epsilon, Real) and 0 <= self.epsilon < 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ class SampleTopK(_Sampling):
 
 @dataclass(frozen=True)
 class SampleGap(_Sampling):
-    """The score above the widest gap between neighbours in the sorted sample."""
+    """The score below the highest of the three widest gaps in the upper half of the sorted sample."""
 
     n_samples: int = 256
     seed: int = 0
@@ -124,6 +144,13 @@ class Budget(_Sampling):
         super().__post_init__()
         accepted = isinstance(self.fraction, Real) and 0 < self.fraction <= 1
         _number("fraction", self.fraction, "a number in (0, 1]", accepted)
+
+
+def _is_float(value: Any) -> bool:
+    try:
+        return not isnan(float(value)) and float(value) == value
+    except OverflowError:
+        return False
 
 
 def _number(name: str, value: Any, wanted: str, accepted: bool) -> None:

@@ -46,8 +46,15 @@ def attention(
     array, shape = as_queries(queries, index.n_head_kv, index.dim)
     view = as_keys("values", values, index.n_head_kv)
     if view.array.shape[1] != index.n_positions:
-        raise ValueError(f"values has {view.array.shape[1]} rows, accepted is one for each of the index's {index.n_positions} positions")
+        raise ValueError(
+            f"values has {view.array.shape[1]} rows, accepted is one for each of the index's {index.n_positions} positions"
+        )
     chosen = _oracle(Mass() if oracle is None else oracle)
-    output, bounds, dense, found = index._core.attend(array, view.array, view.dtype, chosen, index._scale(scale), compensate)
-    certificates = (certificate(one, bound, bool(all_live)) for one, bound, all_live in zip(found, bounds.tolist(), dense, strict=True))
+    output, bounds, dense, found = index._core.attend(
+        array, view.array, view.dtype, chosen, index._scale(scale), compensate
+    )
+    certificates = (
+        certificate(one, bound, bool(all_live))
+        for one, bound, all_live in zip(found, bounds.tolist(), dense, strict=True)
+    )
     return np.asarray(output).reshape(*shape, view.array.shape[2]), tuple(certificates)

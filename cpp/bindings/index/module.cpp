@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -123,7 +124,11 @@ PyAttention attend(const Index & index, const In<float, 2> & queries, const nb::
 }
 
 std::tuple<size_t, size_t, size_t> memory_usage(const Index & index) {
-    const MemoryUsage usage = index.memory_usage();
+    MemoryUsage usage;
+    {
+        const nb::gil_scoped_release released;
+        usage = index.memory_usage();
+    }
     return {usage.keys, usage.index, usage.other};
 }
 
@@ -142,6 +147,21 @@ nb::object bfloat16_bits(const nb::ndarray<nb::ro, nb::device::cpu> & array) {
         nb::ndarray<nb::numpy, const uint16_t>(array.data(), array.ndim(), shape.data(), nb::find(array), strides.data()));
 }
 
+// Seconds that appending every key by itself takes from C++, without Python's share.
+double time_appends(Index & index, const nb::object & keys, const std::string & dtype) {
+    const Strided strided(keys, dtype, "keys");
+    StridedKeys one = strided.keys();
+    const int64_t n = one.n;
+    one.n = 1;
+    const nb::gil_scoped_release released;
+    const auto start = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < n; ++i) {
+        index.append(one);
+        one.base += one.row_stride;
+    }
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 void raise_file_error(const std::exception_ptr & thrown, void *) {
     try {
         std::rethrow_exception(thrown);
@@ -156,6 +176,7 @@ void raise_file_error(const std::exception_ptr & thrown, void *) {
 void bind(nb::module_ & m) {
     nb::register_exception_translator(raise_file_error);
 
+    m.def("time_appends", &time_appends, "index"_a, "keys"_a, "dtype"_a);
     m.def("bfloat16_bits", &bfloat16_bits, "array"_a);
 
     nb::class_<IndexOptions>(m, "IndexOptions")
@@ -199,8 +220,22 @@ void bind(nb::module_ & m) {
 
     nb::class_<Index>(m, "Index")
         .def_static("build", &build, "keys"_a, "dtype"_a, "options"_a, "copy"_a)
-        .def_static("load", &Index::load, "path"_a, "n_threads"_a, nb::call_guard<nb::gil_scoped_release>())
-        .def("save", &Index::save, "path"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def_static(
+            "load",
+            [](const nb::bytes & path, int n_threads) {
+                const std::string name(path.c_str(), path.size());
+                const nb::gil_scoped_release released;
+                return Index::load(name, n_threads);
+            },
+            "path"_a, "n_threads"_a)
+        .def(
+            "save",
+            [](const Index & index, const nb::bytes & path) {
+                const std::string name(path.c_str(), path.size());
+                const nb::gil_scoped_release released;
+                index.save(name);
+            },
+            "path"_a)
         .def(
             "append",
             [](Index & index, const nb::object & keys, const std::string & dtype) {
@@ -230,17 +265,24 @@ void bind(nb::module_ & m) {
         .def("attend", &attend, "queries"_a, "values"_a, "dtype"_a, "oracle"_a, "scale"_a, "compensate"_a)
         .def(
             "key",
-            [](const Index & index, int64_t position) { return to_numpy(index.key(position), index.n_head_kv(), index.dim()); },
+            [](const Index & index, int64_t position) {
+                std::vector<float> key;
+                {
+                    const nb::gil_scoped_release released;
+                    key = index.key(position);
+                }
+                return to_numpy(std::move(key), index.n_head_kv(), index.dim());
+            },
             "position"_a)
-        .def("is_live", &Index::is_live, "position"_a)
+        .def("is_live", &Index::is_live, "position"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("memory_usage", &memory_usage)
         .def_prop_ro("options", &Index::options, nb::rv_policy::copy)
         .def_prop_ro("dtype", [](const Index & index) { return kTypes[static_cast<size_t>(index.type())]; })
         .def_prop_ro("n_head_kv", &Index::n_head_kv)
         .def_prop_ro("dim", &Index::dim)
-        .def_prop_ro("n_positions", &Index::n_positions)
-        .def_prop_ro("n_live", &Index::n_live)
-        .def_prop_ro("is_borrowed", &Index::is_borrowed);
+        .def_prop_ro("n_positions", &Index::n_positions, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("n_live", &Index::n_live, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("is_borrowed", &Index::is_borrowed, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ enum class OracleKind : uint8_t {
     sample_max,       // the largest score of the sample
     sample_mean_max,  // halfway between the sample's mean and its largest score
     sample_top_k,     // the k-th largest score of the sample
-    sample_gap,       // the score above the widest gap between neighbours in the sorted sample
+    sample_gap,       // the score below the highest of the three widest gaps in the upper half of the sorted sample
     budget,           // the score that a fraction of the sample reaches
     top_k,            // the k-th largest score of all keys
     mass,             // the largest whose dropped softmax mass is provably at most epsilon (louver/mass_oracle.h)

@@ -59,7 +59,7 @@ class Attend {
         if (values.dim == 1 || values.element_stride == static_cast<int64_t>(row_bytes(values.type, 1))) {
             values_.borrow(values, nullptr);
         } else {
-            values_.reserve(values.n);
+            static_cast<void>(values_.reserve(values.n));
             for (int64_t i = 0; i < values.n; ++i) {
                 values_.set(i, values, i);
             }

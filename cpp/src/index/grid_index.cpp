@@ -22,6 +22,9 @@ constexpr int kMaxMisfits = 4;
 // A float at least as large as a non-negative double.
 float rounded_up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20)) + std::numeric_limits<float>::min(); }
 
+// |x| of a padded row, rounded up.
+float norm_up(const float * row, int dim) { return rounded_up(std::sqrt(kernels().squared_norm(row, dim))); }
+
 struct Tiles {
     std::vector<float> keys;
     std::vector<float> values;
@@ -30,29 +33,15 @@ struct Tiles {
 // The block's rows as float32; only rows of `cells` are read, the others keep whatever was there.
 void load_tile(const Rows & rows, int block, uint64_t cells, std::vector<float> & tile) {
     const size_t width = static_cast<size_t>(padded(rows.dim));
+    if (width == 0) {
+        return;  // an index without values
+    }
     tile.resize(width * kBlockCells);
     for (uint64_t left = cells; left != 0; left &= left - 1) {
         const int cell = std::countr_zero(left);
         const int32_t index = block * kBlockCells + cell;
         kernels().rows_to_f32(rows, &index, 1, tile.data() + width * static_cast<size_t>(cell));
     }
-}
-
-bool finite(const float * x, int n) {
-    // The exponent of the sum of 0 * x is all ones exactly if one of them is not finite.
-    float sum = 0;
-    for (int i = 0; i < n; ++i) {
-        sum += x[i] * 0.0f;
-    }
-    return sum == 0.0f;
-}
-
-double norm(const float * x, int n) {
-    double sum = 0;
-    for (int i = 0; i < n; ++i) {
-        sum += static_cast<double>(x[i]) * x[i];
-    }
-    return std::sqrt(sum);
 }
 
 }  // namespace
@@ -127,8 +116,10 @@ GridIndex::Repair GridIndex::repair(int block, uint64_t wanted, const Rows & key
     for (uint64_t left = pending; left != 0; left &= left - 1) {
         const int cell = std::countr_zero(left);
         const uint64_t bit = uint64_t{1} << cell;
-        const bool ok = finite(tiles.keys.data() + key_padded() * static_cast<size_t>(cell), key_dim_) &&
-                        finite(tiles.values.data() + value_padded() * static_cast<size_t>(cell), value_dim_);
+        const bool ok =
+            std::isfinite(kernels().squared_norm(tiles.keys.data() + key_padded() * static_cast<size_t>(cell), key_dim_)) &&
+            (value_dim_ == 0 ||
+             std::isfinite(kernels().squared_norm(tiles.values.data() + value_padded() * static_cast<size_t>(cell), value_dim_)));
         (ok ? usable : not_finite_[b]) |= bit;
     }
 
@@ -138,8 +129,8 @@ GridIndex::Repair GridIndex::repair(int block, uint64_t wanted, const Rows & key
             const int cell = std::countr_zero(left);
             if (encode(block, cell, tiles.keys.data() + key_padded() * static_cast<size_t>(cell))) {
                 ++result.encoded;
-                const double length = norm(tiles.values.data() + value_padded() * static_cast<size_t>(cell), value_dim_);
-                bounds_[b].value_norm = std::max(bounds_[b].value_norm, rounded_up(length));
+                const float length = norm_up(tiles.values.data() + value_padded() * static_cast<size_t>(cell), value_dim_);
+                bounds_[b].value_norm = std::max(bounds_[b].value_norm, length);
             } else {
                 misfits |= uint64_t{1} << cell;
             }
@@ -177,6 +168,13 @@ GridIndex::Repair GridIndex::repair(int block, uint64_t wanted, const Rows & key
 void GridIndex::set_grid(int block, uint64_t cells, const float * keys) {
     uint16_t * center = center_of(block);
     uint16_t * step = step_of(block);
+    float low[kMaxDim];
+    float high[kMaxDim];
+    std::fill_n(low, key_padded(), std::numeric_limits<float>::infinity());
+    std::fill_n(high, key_padded(), -std::numeric_limits<float>::infinity());
+    for (uint64_t left = cells; left != 0; left &= left - 1) {
+        kernels().widen(keys + key_padded() * static_cast<size_t>(std::countr_zero(left)), key_dim_, low, high);
+    }
     double center_squared = 0;
     for (size_t c = 0; c < key_padded(); ++c) {
         center[c] = 0;
@@ -184,16 +182,9 @@ void GridIndex::set_grid(int block, uint64_t cells, const float * keys) {
         if (c >= static_cast<size_t>(key_dim_)) {
             continue;
         }
-        float low = std::numeric_limits<float>::infinity();
-        float high = -low;
-        for (uint64_t left = cells; left != 0; left &= left - 1) {
-            const float x = keys[key_padded() * static_cast<size_t>(std::countr_zero(left)) + c];
-            low = std::min(low, x);
-            high = std::max(high, x);
-        }
-        center[c] = bf16_nearest(0.5f * low + 0.5f * high);
+        center[c] = bf16_nearest(0.5f * low[c] + 0.5f * high[c]);
         const float middle = bf16_to_f32(center[c]);
-        const float reach = std::max(high - middle, middle - low);
+        const float reach = std::max(high[c] - middle, middle - low[c]);
         step[c] = bf16_up(std::max(reach, 0.0f) / 127.0f);
         center_squared += static_cast<double>(middle) * middle;
     }
@@ -204,36 +195,16 @@ void GridIndex::set_grid(int block, uint64_t cells, const float * keys) {
 
 // False, with nothing changed, if the key does not fit the block's grid.
 bool GridIndex::encode(int block, int cell, const float * key) {
-    const uint16_t * center = center_of(block);
-    const uint16_t * step = step_of(block);
-    uint8_t code[kMaxDim + 3] = {};
-    double residual_squared = 0;
-    int64_t code_squared = 0;
-    for (int c = 0; c < key_dim_; ++c) {
-        const float middle = bf16_to_f32(center[c]);
-        const float width = bf16_to_f32(step[c]);
-        if (width == 0 && key[c] != middle) {
-            return false;  // a channel that was constant so far
-        }
-        const float level = width > 0 ? std::nearbyint((key[c] - middle) / width) : 0.0f;
-        if (!(level >= -128.0f && level <= 127.0f)) {
-            return false;
-        }
-        const int signed_code = static_cast<int>(level);
-        code[c] = static_cast<uint8_t>(signed_code + 128);
-        code_squared += signed_code * signed_code;
-        const double residual =
-            static_cast<double>(key[c]) - (static_cast<double>(middle) + static_cast<double>(width) * signed_code);
-        residual_squared += residual * residual;
+    uint8_t code[kMaxDim];
+    const Encoding encoding = kernels().encode(key, center_of(block), step_of(block), key_dim_, code);
+    const float residual = rounded_up(std::sqrt(encoding.residual_squared));
+    if (!encoding.fits || !std::isfinite(residual)) {  // the grid of keys near the largest float overflows
+        return false;
     }
     BlockBounds & bounds = bounds_[static_cast<size_t>(block)];
-    const float residual = rounded_up(std::sqrt(residual_squared));
-    if (!std::isfinite(residual)) {
-        return false;  // the grid of keys near the largest float overflows
-    }
     bounds.residual_norm = std::max(bounds.residual_norm, residual);
-    bounds.code_norm = std::max(bounds.code_norm, rounded_up(std::sqrt(static_cast<double>(code_squared))));
-    bounds.key_norm = std::max(bounds.key_norm, rounded_up(norm(key, key_dim_)));
+    bounds.code_norm = std::max(bounds.code_norm, rounded_up(std::sqrt(static_cast<double>(encoding.code_squared))));
+    bounds.key_norm = std::max(bounds.key_norm, norm_up(key, key_dim_));
 
     uint8_t * codes = codes_ + static_cast<size_t>(block) * codes_per_block();
     for (int g = 0; g < (key_dim_ + 3) / 4; ++g) {
@@ -254,16 +225,16 @@ void GridIndex::summarize_values(int block, uint64_t cells, const float * values
         }
         mean[c] = std::isfinite(sum) ? bf16_nearest(sum / count) : uint16_t{0};
     }
-    double longest = 0;
+    float longest = 0;
     for (uint64_t left = cells; left != 0; left &= left - 1) {
-        longest = std::max(longest, norm(values + value_padded() * static_cast<size_t>(std::countr_zero(left)), value_dim_));
+        longest = std::max(longest, norm_up(values + value_padded() * static_cast<size_t>(std::countr_zero(left)), value_dim_));
     }
     double mean_squared = 0;
     for (int c = 0; c < value_dim_; ++c) {
         const double m = bf16_to_f32(mean[c]);
         mean_squared += m * m;
     }
-    bounds.value_norm = rounded_up(std::max(longest, std::sqrt(mean_squared)));
+    bounds.value_norm = std::max(longest, rounded_up(std::sqrt(mean_squared)));
 }
 
 size_t GridIndex::block_bytes() const {

@@ -152,6 +152,7 @@ bool Index::is_borrowed() const {
 
 int64_t Index::append(const StridedKeys & keys) {
     State & s = *state_;
+    std::shared_ptr<const void> last_owner;  // let go of after the lock
     const std::unique_lock lock(s.mutex);
     require_fits(s.store, keys);
     const int64_t first = s.store.size();
@@ -159,7 +160,7 @@ int64_t Index::append(const StridedKeys & keys) {
             given("number of keys", first + keys.n, "at most " + std::to_string(kMostPositions) + " in all"));
     const int64_t n = first + keys.n;
     // What can fail comes first.
-    s.store.reserve(n);
+    last_owner = s.store.reserve(n);
     s.live.reserve(static_cast<size_t>(n_blocks_for(n)));
     for (auto & head : s.heads) {
         head->reserve(n);
@@ -184,12 +185,13 @@ int64_t Index::append(const StridedKeys & keys) {
 
 void Index::update(std::span<const int64_t> positions, const StridedKeys & keys) {
     State & s = *state_;
+    std::shared_ptr<const void> last_owner;  // let go of after the lock
     const std::unique_lock lock(s.mutex);
     require_fits(s.store, keys);
     require(keys.n == static_cast<int64_t>(positions.size()),
             given("number of keys", keys.n, "that of positions, " + std::to_string(positions.size())));
     require_positions(positions, s.store.size());
-    s.store.reserve(s.store.size());  // its own, from now on
+    last_owner = s.store.reserve(s.store.size());  // its own, from now on
     for (size_t i = 0; i < positions.size(); ++i) {
         const int64_t position = positions[i];
         s.store.set(position, keys, static_cast<int64_t>(i));
@@ -333,7 +335,7 @@ Index Index::load(const std::string & path, int n_threads) {
     contents.options.n_threads = n_threads;
     Index index(contents.options, contents.type, contents.n_head_kv, contents.dim);
     State & s = *index.state_;
-    s.store.reserve(contents.n);
+    static_cast<void>(s.store.reserve(contents.n));
     s.store.set_size(contents.n);
     s.live = std::move(contents.live);
     for (const uint64_t bits : s.live) {

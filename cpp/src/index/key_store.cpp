@@ -23,9 +23,9 @@ void KeyStore::borrow(const StridedKeys & keys, std::shared_ptr<const void> owne
     owner_ = std::move(owner);
 }
 
-void KeyStore::reserve(int64_t n) {
+std::shared_ptr<const void> KeyStore::reserve(int64_t n) {
     if (n <= capacity_) {
-        return;
+        return nullptr;
     }
     // Twice as much as before, so that single keys are copied a constant number of times.
     const int64_t capacity = std::max({n, 2 * capacity_, int64_t{kBlockCells}});
@@ -47,7 +47,7 @@ void KeyStore::reserve(int64_t n) {
     }
     memory_ = std::move(memory);
     capacity_ = capacity;
-    owner_.reset();
+    return std::exchange(owner_, nullptr);
 }
 
 void KeyStore::set(int64_t position, const StridedKeys & keys, int64_t i) {

@@ -17,8 +17,9 @@ class KeyStore {
     // Rows that are not its own.
     void borrow(const StridedKeys & keys, std::shared_ptr<const void> owner);
 
-    // Room for n rows of its own for each head, those that it has among them.
-    void reserve(int64_t n);
+    // Room for n rows of its own for each head, those that it has among them. Returns whoever owned them until now: letting go of
+    // that may wait for Python, so it must not happen under a lock.
+    [[nodiscard]] std::shared_ptr<const void> reserve(int64_t n);
 
     // Row `position` of each head becomes row i of keys; it has to be within the room reserved.
     void set(int64_t position, const StridedKeys & keys, int64_t i);

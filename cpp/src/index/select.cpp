@@ -109,18 +109,18 @@ class Weights {
         return std::isfinite(scaled) ? scaled : 0.0f;
     }
 
-    // Whether any reference is higher now: some weight was infinite and its key's score is finite.
+    // Whether any reference is higher now: some weight was very large and its key's score is finite.
     bool raise_references() {
         bool any = false;
         for (int i = 0; i < batch_.n; ++i) {
-            std::vector<int32_t> infinite;
+            std::vector<int32_t> large;
             for (int64_t cell = 0; cell < stride_; ++cell) {
-                if (std::isinf(of(i)[cell])) {
-                    infinite.push_back(static_cast<int32_t>(cell));
+                if (!(of(i)[cell] < kMostMass)) {
+                    large.push_back(static_cast<int32_t>(cell));
                 }
             }
-            const float higher = infinite.empty() ? 0.0f : reference(i, infinite);
-            if (!infinite.empty() && higher > reference(i)) {
+            const float higher = large.empty() ? 0.0f : reference(i, large);
+            if (!large.empty() && higher > reference(i)) {
                 reference_[static_cast<size_t>(i)] = higher;
                 any = true;
             }
@@ -365,6 +365,15 @@ class Selector {
         certificate(query).tau = tau_of(threshold, weights.reference(i), out_.to_log2);
     }
 
+    // What was selected weighs at least its exact weights, and what the dropped ones leave of the total. Sums that overflowed on
+    // the way bound nothing.
+    static double least_kept(double kept, double lower, double dropped) {
+        constexpr double kMost = std::numeric_limits<double>::max();
+        const double left = lower * (1.0 - kWeightError) - dropped * (1.0 + kWeightError);
+        const double least = std::isnan(kept) ? 0.0 : std::min(kept, kMost);
+        return lower < kMostMass ? std::max({least, left, 0.0}) : least;
+    }
+
     double dropped_under(const Weights & weights, int i, float threshold) const {
         const float * weight = weights.of(i);
         return std::accumulate(weight, weight + weights.size(), 0.0,
@@ -398,10 +407,9 @@ class Selector {
             dropped += of_block;
             out_.estimate[q * s_.live.size() + b] = static_cast<float>(of_block) * weights.estimate(i, block);
         }
-        const double left = weights.lower(i) * (1.0 - kWeightError) - dropped * (1.0 + kWeightError);
         out_.reference[q] = weights.reference(i);
         out_.dropped[q] = dropped;
-        out_.kept[q] = std::isnan(kept) ? 0.0 : std::max({kept, left, 0.0});
+        out_.kept[q] = least_kept(kept, weights.lower(i), dropped);
 
         SelectionCertificate & c = certificate(query);
         const int passes = oracle_.kind == OracleKind::mass ? 1 : oracle_.kind == OracleKind::top_k ? 4 : 2;

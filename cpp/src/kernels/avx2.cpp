@@ -243,6 +243,67 @@ void dots_f64(const double * query, const Rows & keys, const int32_t * cells, in
     });
 }
 
+double squared_norm(const float * row, int dim) {
+    __m256d sum[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    for (int c = 0; c < padded(dim); c += kLanes) {
+        const __m256 x = _mm256_loadu_ps(row + c);
+        const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+        const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+        sum[0] = _mm256_fmadd_pd(low, low, sum[0]);
+        sum[1] = _mm256_fmadd_pd(high, high, sum[1]);
+    }
+    return sum_of(_mm256_add_pd(sum[0], sum[1]));
+}
+
+void widen(const float * row, int dim, float * low, float * high) {
+    for (int c = 0; c < padded(dim); c += kLanes) {
+        const __m256 x = _mm256_loadu_ps(row + c);
+        _mm256_storeu_ps(low + c, _mm256_min_ps(_mm256_loadu_ps(low + c), x));
+        _mm256_storeu_ps(high + c, _mm256_max_ps(_mm256_loadu_ps(high + c), x));
+    }
+}
+
+inline __m256d residual_of(__m128 key, __m128 center, __m128 step, __m128 level) {
+    const __m256d decoded = _mm256_add_pd(_mm256_cvtps_pd(center), _mm256_mul_pd(_mm256_cvtps_pd(step), _mm256_cvtps_pd(level)));
+    return _mm256_sub_pd(_mm256_cvtps_pd(key), decoded);
+}
+
+Encoding encode(const float * key, const uint16_t * center, const uint16_t * step, int dim, uint8_t * code) {
+    const __m256 zero = _mm256_setzero_ps();
+    __m256d residual_squared[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    __m256i code_squared = _mm256_setzero_si256();
+    for (int c = 0; c < padded(dim); c += kLanes) {
+        const __m256i in = first_lanes(dim - c);
+        const __m256 x = _mm256_loadu_ps(key + c);
+        const __m256 middle = load_bf16(center + c);
+        const __m256 width = load_bf16(step + c);
+        const __m256 has_step = _mm256_cmp_ps(width, zero, _CMP_GT_OQ);
+        const __m256 quotient = _mm256_div_ps(_mm256_sub_ps(x, middle), width);
+        const __m256 level = _mm256_and_ps(has_step, _mm256_round_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        const __m256 in_range = _mm256_and_ps(_mm256_cmp_ps(level, _mm256_set1_ps(-128.0f), _CMP_GE_OQ),
+                                              _mm256_cmp_ps(level, _mm256_set1_ps(127.0f), _CMP_LE_OQ));
+        const __m256 fits = _mm256_and_ps(in_range, _mm256_or_ps(has_step, _mm256_cmp_ps(x, middle, _CMP_EQ_OQ)));
+        if (_mm256_movemask_ps(_mm256_andnot_ps(fits, _mm256_castsi256_ps(in))) != 0) {
+            return {false, 0, 0};
+        }
+        const __m256i levels = _mm256_cvtps_epi32(level);
+        const __m256i codes = _mm256_and_si256(in, _mm256_add_epi32(levels, _mm256_set1_epi32(128)));
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i *>(code + c), _mm_packus_epi16(words, words));
+        code_squared = _mm256_add_epi32(code_squared, _mm256_mullo_epi32(levels, levels));
+        const __m256d low = residual_of(_mm256_castps256_ps128(x), _mm256_castps256_ps128(middle), _mm256_castps256_ps128(width),
+                                        _mm256_castps256_ps128(level));
+        const __m256d high = residual_of(_mm256_extractf128_ps(x, 1), _mm256_extractf128_ps(middle, 1),
+                                         _mm256_extractf128_ps(width, 1), _mm256_extractf128_ps(level, 1));
+        residual_squared[0] = _mm256_fmadd_pd(low, low, residual_squared[0]);
+        residual_squared[1] = _mm256_fmadd_pd(high, high, residual_squared[1]);
+    }
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(code_squared), _mm256_extracti128_si256(code_squared, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return {true, sum_of(_mm256_add_pd(residual_squared[0], residual_squared[1])),
+            _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1)};
+}
+
 float largest(const float * x, int n) {
     __m256 most = _mm256_set1_ps(x[0]);
     __m256 unordered = _mm256_setzero_ps();
@@ -680,8 +741,8 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2",     rows_to_f32, dots,       dots_f64, largest,     exp2_sum,
-                              accumulate, scan,        sums_below, select,   mask_to_bits};
+const Kernels kAvx2Kernels = {"avx2",       rows_to_f32, dots,   dots_f64, largest,    exp2_sum, accumulate,
+                              squared_norm, widen,       encode, scan,     sums_below, select,   mask_to_bits};
 
 }  // namespace louver
 

@@ -345,6 +345,64 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
     });
 }
 
+double squared_norm(const float * row, int dim) {
+    __m512d sum[2] = {};
+    for (int c = 0; c < padded(dim); c += kLanes) {
+        const __m512 x = _mm512_loadu_ps(row + c);
+        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+        const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+        sum[0] = _mm512_fmadd_pd(low, low, sum[0]);
+        sum[1] = _mm512_fmadd_pd(high, high, sum[1]);
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1]));
+}
+
+void widen(const float * row, int dim, float * low, float * high) {
+    for (int c = 0; c < padded(dim); c += kLanes) {
+        const __m512 x = _mm512_loadu_ps(row + c);
+        _mm512_storeu_ps(low + c, _mm512_min_ps(_mm512_loadu_ps(low + c), x));
+        _mm512_storeu_ps(high + c, _mm512_max_ps(_mm512_loadu_ps(high + c), x));
+    }
+}
+
+inline __m512d residual_of(__m256 key, __m256 center, __m256 step, __m256 level) {
+    const __m512d decoded = _mm512_add_pd(_mm512_cvtps_pd(center), _mm512_mul_pd(_mm512_cvtps_pd(step), _mm512_cvtps_pd(level)));
+    return _mm512_sub_pd(_mm512_cvtps_pd(key), decoded);
+}
+
+Encoding encode(const float * key, const uint16_t * center, const uint16_t * step, int dim, uint8_t * code) {
+    const __m512 zero = _mm512_setzero_ps();
+    __m512d residual_squared[2] = {};
+    __m512i code_squared = _mm512_setzero_si512();
+    for (int c = 0; c < padded(dim); c += kLanes) {
+        const __mmask16 in = tail_mask(dim - c);
+        const __m512 x = _mm512_loadu_ps(key + c);
+        const __m512 middle = load_bf16(center + c);
+        const __m512 width = load_bf16(step + c);
+        const __mmask16 has_step = _mm512_cmp_ps_mask(width, zero, _CMP_GT_OQ);
+        const __m512 level = _mm512_maskz_roundscale_ps(has_step, _mm512_div_ps(_mm512_sub_ps(x, middle), width),
+                                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __mmask16 fits = _mm512_cmp_ps_mask(level, _mm512_set1_ps(-128.0f), _CMP_GE_OQ) &
+                               _mm512_cmp_ps_mask(level, _mm512_set1_ps(127.0f), _CMP_LE_OQ) &
+                               (has_step | _mm512_cmp_ps_mask(x, middle, _CMP_EQ_OQ));
+        if ((fits & in) != in) {
+            return {false, 0, 0};
+        }
+        const __m512i levels = _mm512_cvtps_epi32(level);
+        const __m512i codes = _mm512_maskz_add_epi32(in, levels, _mm512_set1_epi32(128));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(code + c), _mm512_cvtepi32_epi8(codes));
+        code_squared = _mm512_add_epi32(code_squared, _mm512_mullo_epi32(levels, levels));
+        const __m512d low = residual_of(_mm512_castps512_ps256(x), _mm512_castps512_ps256(middle), _mm512_castps512_ps256(width),
+                                        _mm512_castps512_ps256(level));
+        const __m512d high = residual_of(_mm512_extractf32x8_ps(x, 1), _mm512_extractf32x8_ps(middle, 1),
+                                         _mm512_extractf32x8_ps(width, 1), _mm512_extractf32x8_ps(level, 1));
+        residual_squared[0] = _mm512_fmadd_pd(low, low, residual_squared[0]);
+        residual_squared[1] = _mm512_fmadd_pd(high, high, residual_squared[1]);
+    }
+    return {true, _mm512_reduce_add_pd(_mm512_add_pd(residual_squared[0], residual_squared[1])),
+            _mm512_reduce_add_epi32(code_squared)};
+}
+
 // The largest step of each channel over the blocks that have anything to scan.
 void largest_steps(const ScanArgs & a, float * largest) {
     const int dim_padded = padded(a.dim);
@@ -699,8 +757,8 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512",   rows_to_f32, dots,       dots_f64, largest,     exp2_sum,
-                                accumulate, scan,        sums_below, select,   mask_to_bits};
+const Kernels kAvx512Kernels = {"avx512",     rows_to_f32, dots,   dots_f64, largest,    exp2_sum, accumulate,
+                                squared_norm, widen,       encode, scan,     sums_below, select,   mask_to_bits};
 
 }  // namespace louver
 

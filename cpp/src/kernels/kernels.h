@@ -67,6 +67,13 @@ struct Ahead {
     int n = 0;
 };
 
+// How a key went into a block's grid.
+struct Encoding {
+    bool fits;                // else nothing else is meant
+    double residual_squared;  // of key - (center + step * (code - 128)), off by less than 2^-40 relatively
+    int64_t code_squared;     // of code - 128
+};
+
 // Where a function takes `cells`, it works on rows cells[0..n), or, where cells is null, on rows 0..n.
 struct Kernels {
     const char * name;
@@ -91,6 +98,16 @@ struct Kernels {
     // acc[h] = acc[h] * rescale[h] + sum_i weight[h * weight_stride + i] * row i of values; acc [n_query][padded(values.dim)].
     void (*accumulate)(const float * weight, int64_t weight_stride, const float * rescale, int n_query, const Rows & values,
                        const int32_t * cells, int n, float * acc, const Ahead & ahead);
+
+    // The sum of squares of a padded row, off by less than 2^-40 relatively; not finite exactly where one of its elements is not.
+    double (*squared_norm)(const float * row, int dim);
+
+    // low and high [padded(dim)] take the row in.
+    void (*widen)(const float * row, int dim, float * low, float * high);
+
+    // A padded, finite key against a grid of bfloat16 [padded(dim)]: code [padded(dim)] is round((key - center) / step) + 128, 0
+    // behind dim. It does not fit where that is not in 0..255 or where the step is 0 and the key is not the centre.
+    Encoding (*encode)(const float * key, const uint16_t * center, const uint16_t * step, int dim, uint8_t * code);
 
     void (*scan)(const ScanArgs & args);
 

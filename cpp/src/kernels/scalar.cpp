@@ -133,6 +133,43 @@ void accumulate(const float * weight, int64_t weight_stride, const float * resca
     }
 }
 
+double squared_norm(const float * row, int dim) {
+    double sum = 0;
+    for (int c = 0; c < dim; ++c) {
+        sum += static_cast<double>(row[c]) * row[c];
+    }
+    return sum;
+}
+
+void widen(const float * row, int dim, float * low, float * high) {
+    for (int c = 0; c < dim; ++c) {
+        low[c] = std::min(low[c], row[c]);
+        high[c] = std::max(high[c], row[c]);
+    }
+}
+
+Encoding encode(const float * key, const uint16_t * center, const uint16_t * step, int dim, uint8_t * code) {
+    Encoding encoding{true, 0, 0};
+    std::fill(code, code + padded(dim), uint8_t{0});
+    for (int c = 0; c < dim; ++c) {
+        const float middle = bf16_to_f32(center[c]);
+        const float width = bf16_to_f32(step[c]);
+        const float level = width > 0 ? std::nearbyint((key[c] - middle) / width) : 0.0f;
+        // A channel that was constant so far, or a key beside the grid.
+        if ((width == 0 && key[c] != middle) || !(level >= -128.0f && level <= 127.0f)) {
+            encoding.fits = false;
+            return encoding;
+        }
+        const int signed_code = static_cast<int>(level);
+        code[c] = static_cast<uint8_t>(signed_code + 128);
+        encoding.code_squared += signed_code * signed_code;
+        const double residual =
+            static_cast<double>(key[c]) - (static_cast<double>(middle) + static_cast<double>(width) * signed_code);
+        encoding.residual_squared += residual * residual;
+    }
+    return encoding;
+}
+
 // The largest |q_c * step_c| of one head over the blocks that have anything to scan.
 float largest_scaled(const ScanArgs & a, int head) {
     const int dim_padded = padded(a.dim);
@@ -255,7 +292,7 @@ bool mask_to_bits(const uint16_t * mask, int64_t n, uint64_t * bits) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar",   rows_to_f32, dots,       dots_f64, largest,     exp2_sum,
-                                accumulate, scan,        sums_below, select,   mask_to_bits};
+const Kernels kScalarKernels = {"scalar",     rows_to_f32, dots,   dots_f64, largest,    exp2_sum, accumulate,
+                                squared_norm, widen,       encode, scan,     sums_below, select,   mask_to_bits};
 
 }  // namespace louver

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace louver {
 namespace {
@@ -23,18 +24,24 @@ double kth_largest(std::span<double> scores, int64_t k) {
     return *kth;
 }
 
-// The score above the widest gap; the highest of several that are as wide.
-double above_widest_gap(std::span<double> scores) {
+// The paper's: among the upper half of the sorted scores, at least two, the highest of the three widest gaps; the score below it.
+double below_high_gap(std::span<double> scores) {
+    constexpr size_t kWidest = 3;
     std::sort(scores.begin(), scores.end(), std::greater<>());
-    double tau = scores.front();
-    double widest = 0;
-    for (size_t i = 1; i < scores.size(); ++i) {
-        if (scores[i - 1] - scores[i] > widest) {
-            widest = scores[i - 1] - scores[i];
-            tau = scores[i - 1];
-        }
+    const size_t n = std::min(std::max<size_t>(2, scores.size() / 2), scores.size());
+    std::vector<size_t> below(n - 1);  // the score below each gap
+    std::iota(below.begin(), below.end(), size_t{1});
+    if (below.empty()) {
+        return scores.front();
     }
-    return tau;
+    const auto wider = [&](size_t a, size_t b) {
+        const double gap_a = scores[a - 1] - scores[a];
+        const double gap_b = scores[b - 1] - scores[b];
+        return gap_a > gap_b || (gap_a == gap_b && a < b);
+    };
+    std::sort(below.begin(), below.end(), wider);
+    below.resize(std::min(kWidest, below.size()));
+    return scores[*std::min_element(below.begin(), below.end())];
 }
 
 }  // namespace
@@ -66,7 +73,7 @@ double sample_threshold(const Oracle & oracle, std::span<double> scores) {
             return 0.5 * (mean + *std::max_element(scores.begin(), scores.end()));
         }
         case OracleKind::sample_top_k: return kth_largest(scores, oracle.k);
-        case OracleKind::sample_gap: return above_widest_gap(scores);
+        case OracleKind::sample_gap: return below_high_gap(scores);
         case OracleKind::budget: return kth_largest(scores, std::max<int64_t>(1, static_cast<int64_t>(oracle.fraction * n)));
         default: throw std::invalid_argument("this oracle does not sample");
     }

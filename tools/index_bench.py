@@ -1,0 +1,148 @@
+"""The index as a library beside NumPy and faiss: search, build, append, memory.
+
+    python tools/capture.py -d 8192 -o capture.npz
+    python tools/index_bench.py capture.npz
+
+Keys and queries of a model, float32; heads are joined to --dim channels, layers follow each other until there are --keys of them. For each
+query tau is the score that --share of the keys reach. All contenders answer each query in turn, in one run; a ratio is
+the median over the rounds of the other's time by ours, with the 10th and the 90th percentile. faiss-cpu (IndexFlatIP.range_search) takes
+part where it is installed. Every answer of ours is compared with NumPy's in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import louver_llama as ll
+from capture_file import library_keys
+from louver_llama import _index
+from louver_llama.machine import this_machine
+
+Array = npt.NDArray[np.float32]
+
+
+def main() -> None:
+    """Run the benchmark that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("capture", type=Path)
+    parser.add_argument("--keys", type=int, default=100_000, metavar="N")
+    parser.add_argument("--dim", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--share", type=float, default=0.01, help="of the keys that reach tau (default: 0.01)"
+    )
+    parser.add_argument(
+        "-r", "--rounds", type=int, default=60, metavar="N", help="searches of each contender"
+    )
+    options = parser.parse_args()
+    try:
+        keys, queries = library_keys(options.capture, options.keys, options.dim)
+    except (OSError, ValueError) as error:
+        sys.exit(f"index_bench.py: {error}")
+    machine = this_machine()
+    print(f"{machine}\n\n{len(keys):,} keys of {options.dim} channels from {options.capture.name}, float32\n")
+    print("| | time | beside it | ratio (10th to 90th percentile) |\n|---|---|---|---|")
+    searches(keys, queries, options)
+    builds(keys)
+    appends(keys)
+
+
+def searches(keys: Array, queries: Array, options: argparse.Namespace) -> None:
+    """A search with the index, with NumPy and with faiss, in turn."""
+    index = ll.Index.build(keys)
+    contenders: dict[str, Callable[[Array, float], Any]] = {
+        "index": lambda q, tau: index.search(q, tau),
+        "NumPy, keys @ q >= tau": lambda q, tau: keys @ q >= tau,
+    }
+    if flat := faiss_index(keys):
+        contenders["faiss IndexFlatIP.range_search"] = lambda q, tau: flat.range_search(q[None], tau)
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    n_scored = 0
+    for _ in range(options.rounds):
+        q = np.ascontiguousarray(queries[rng.integers(len(queries))])
+        scores = keys.astype(np.float64) @ q.astype(np.float64)
+        tau = float(np.quantile(scores, 1 - options.share))
+        found = index.search(q, tau)
+        n_scored += found.stats.n_scored
+        clear = np.abs(scores - tau) > 1e-9 * np.abs(scores).max()
+        wanted = np.flatnonzero((scores >= tau) & clear)
+        if (
+            not np.isin(wanted, found.ids).all()
+            or not (scores[found.ids] >= tau - 1e-9 * np.abs(scores).max()).all()
+        ):
+            sys.exit("index_bench.py: the index did not find the range")
+        for name, search in contenders.items():
+            times[name].append(timed(lambda search=search, q=q, tau=tau: search(q, tau)))
+    ours = np.array(times.pop("index"))
+    share = n_scored / options.rounds / len(keys)
+    for name, theirs in times.items():
+        row(f"search, top {options.share:.0%}, {share:.2%} of the keys scored", ours, name, np.array(theirs))
+
+
+def builds(keys: Array) -> None:
+    """Building the index beside copying the keys."""
+    for kind in (np.float32, np.float16):
+        typed = keys.astype(kind)
+        pairs = [(timed(lambda: ll.Index.build(typed)), timed(typed.copy)) for _ in range(9)]  # noqa: B023
+        build, copy = np.array(pairs).T
+        row(f"build, {np.dtype(kind)}", build, "keys.copy()", copy, inverse=True)
+    index = ll.Index.build(keys.astype(np.float16))
+    print(
+        f"| memory | {index.memory_usage.index / 1e6:.1f} MB | float16 keys, {keys.size * 2 / 1e6:.1f} MB | {index.stats.index_share:.3f} |"
+    )
+
+
+def appends(keys: Array) -> None:
+    """Key by key from C++, at the end of an index that has them all."""
+    typed = keys.astype(np.float16)
+    index = ll.Index.build(typed)
+    seconds = _index.time_appends(index._core, typed[np.newaxis, :50_000], "f16")
+    print(f"| append of one key from C++, float16 | {seconds / min(50_000, len(keys)) * 1e6:.2f} us | | |")
+
+
+def faiss_index(keys: Array) -> Any:
+    """faiss's exact index, or None where faiss is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    flat = faiss.IndexFlatIP(keys.shape[1])
+    flat.add(keys)
+    return flat
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def row(
+    what: str,
+    ours: npt.NDArray[np.float64],
+    name: str,
+    theirs: npt.NDArray[np.float64],
+    inverse: bool = False,
+) -> None:
+    """A line of the table; the ratio is how much longer theirs takes, or with ``inverse`` ours."""
+    ratio = ours / theirs if inverse else theirs / ours
+    low, middle, high = np.percentile(ratio, [10, 50, 90])
+    print(
+        f"| {what} | {np.median(ours) * 1e3:.2f} ms | {name}, {np.median(theirs) * 1e3:.2f} ms "
+        f"| {middle:.2f} ({low:.2f} to {high:.2f}) |"
+    )
+
+
+if __name__ == "__main__":
+    main()
