@@ -29,7 +29,7 @@ fi
 grep -h WRONG .cache/fuzz-control.log || { echo "the control ended, but not by a wrong answer:" >&2; tail -n 5 .cache/fuzz-control.log >&2; exit 1; }
 echo "caught after $((SECONDS - start)) s"
 
-isas=$(.venv/bin/python -c 'from louver_llama._libraries import core; print(*core.available_isas())')
+isas=$(.venv/bin/python -c "from louver_llama._index import available_isas; print(*available_isas())")
 jobs=()
 for isa in $isas; do
   jobs+=("fuzz_index $isa" "fuzz_index_sanitized $isa")

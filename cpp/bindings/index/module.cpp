@@ -16,6 +16,7 @@
 #include "index/strided.h"
 #include "louver/index.h"
 #include "louver/index_file.h"
+#include "louver/isa.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -176,6 +177,8 @@ void raise_file_error(const std::exception_ptr & thrown, void *) {
 void bind(nb::module_ & m) {
     nb::register_exception_translator(raise_file_error);
 
+    m.def("available_isas", &available_isas, "Instruction sets the kernels can use here, best first.");
+    m.def("active_isa", [] { return active_isa(); }, "The one in use.");
     m.def("time_appends", &time_appends, "index"_a, "keys"_a, "dtype"_a);
     m.def("bfloat16_bits", &bfloat16_bits, "array"_a);
 
