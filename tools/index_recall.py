@@ -3,12 +3,13 @@
     python tools/capture.py -d 8192 -o capture.npz
     python tools/index_recall.py capture.npz
 
-For layers and heads of the capture and the captured queries, tau is the score that --share of the keys reach. Recall is the share of the keys
-with q.k >= tau that are found, "scored" the share of all keys that are scored for it.
+For layers and heads of the capture and the captured queries, tau is the score that --share of the keys reach.
+Recall is the share of the keys with q.k >= tau that are found, "scored" the share of all keys that are scored
+for it.
 
-The shipped method (arXiv 2605.06763, its repository's "TA filter") is written anew here after its description: 4 subspaces, groups of 4 from a
-balanced tree of principal axes; groups sorted by the scores of their centroids, which are float16, without radii; rows are read until the
-centroids' scores add up to less than tau, 256 at most.
+The shipped method (arXiv 2605.06763, its repository's "TA filter") is written anew here after its description:
+4 subspaces, groups of 4 from a balanced tree of principal axes; groups sorted by the scores of their centroids,
+which are float16, without radii; rows are read until the centroids' scores add up to less than tau, 256 at most.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def main() -> None:
                     recall = np.isin(np.flatnonzero(wanted), hits).mean()
                     found.setdefault(name, []).append((float(recall), scored / len(of_head)))
     print(
-        f"{options.capture.name}: {len(chosen)} layers, {wanted_pairs:,} (query, key) pairs with q.k >= tau (top {options.share:.0%})\n"
+        f"{options.capture.name}: {len(chosen)} layers, {wanted_pairs:,} pairs with q.k >= tau (top {options.share:.0%})\n"
     )
     print("| | recall, mean | recall, worst query | scored |\n|---|---|---|---|")
     for name, pairs in found.items():

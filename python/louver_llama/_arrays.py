@@ -111,7 +111,7 @@ def _from_dlpack(name: str, given: Any) -> npt.NDArray[Any]:
     except (BufferError, RuntimeError, TypeError):
         pass  # numpy's DLPack knows no bfloat16
     try:
-        return bfloat16_bits(given)
+        return np.asarray(bfloat16_bits(given))
     except TypeError:
         kind = getattr(given, "dtype", "an unknown dtype")
         raise TypeError(f"{name} is a {type(given).__name__} of {kind}, accepted is {ACCEPTED}") from None

@@ -161,11 +161,11 @@ class Index:
     ) -> Matches:
         """Every live key with ``q.k >= tau``, and no other: decided as in real arithmetic on the stored numbers.
 
-        queries: (dim,), (n_query, dim) or (n_head_kv, n_gqa, dim), float32, float16 or bfloat16, finite. The queries are dealt to the
-            KV heads as attention does: each KV head has the next n_query / n_head_kv of them.
+        queries: (dim,), (n_query, dim) or (n_head_kv, n_gqa, dim), float32, float16 or bfloat16, finite. They are
+            dealt to the KV heads as attention does: each KV head has the next n_query / n_head_kv of them.
         tau: a number for all, or one for each query; infinities are fine, NaN is not.
-        method: of kind "ball": "sum" bounds every key by the sum of its subspaces' bounds, "sweep" is the threshold algorithm, exact
-            as well; "filter" also asks for ``q_s.k_s >= subspace_tau[..., s]`` in every subspace s.
+        method: of kind "ball": "sum" bounds every key by the sum of its subspaces' bounds, "sweep" is the threshold
+            algorithm, exact as well; "filter" also asks for ``q_s.k_s >= subspace_tau[..., s]`` in every subspace s.
         subspace_tau: (n_subspaces,) or (n_query, n_subspaces), with "filter" only.
 
         A key with a NaN or an infinity is in every result. An empty index has no matches.
@@ -324,7 +324,7 @@ def _oracle(given: Any) -> core.Oracle:
 def _integer(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer in [{least}, {most}], not {value!r}")
-    if not least <= value <= most:
+    if not least <= int(value) <= most:
         raise ValueError(f"{name} must be an integer in [{least}, {most}], not {value!r}")
     return int(value)
 
@@ -346,7 +346,7 @@ def _positions(given: Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]
         for position in listed:
             if isinstance(position, (bool, np.bool_)) or not isinstance(position, Integral):
                 raise TypeError(f"positions must be {wanted}, not {position!r}")
-            if not 0 <= position < 2**63:
+            if not 0 <= int(position) < 2**63:
                 raise ValueError(f"positions must be {wanted}, not {position!r}")
         return np.array(listed, dtype=np.int64)
     if listed.ndim != 1:
@@ -373,7 +373,9 @@ def _thresholds(name: str, given: npt.ArrayLike, shape: tuple[int, ...]) -> npt.
     else:
         rounds = bool((array.astype(exact.dtype) != exact).any())
     if rounds:
-        raise ValueError(f"{name} has a number that float64 cannot hold, and rounding it would change the range")
+        raise ValueError(
+            f"{name} has a number that float64 cannot hold, and rounding it would change the range"
+        )
     try:
         return np.ascontiguousarray(np.broadcast_to(array, shape))
     except ValueError:

@@ -90,7 +90,7 @@ class _Sampling(Oracle):
         seed = vars(self)["seed"]
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise TypeError(f"seed must be an integer in [0, 2**64), not {seed!r}")
-        if not 0 <= seed < 2**64:
+        if not 0 <= int(seed) < 2**64:
             raise ValueError(f"seed must be an integer in [0, 2**64), not {seed!r}")
 
 
@@ -164,5 +164,5 @@ def _count(name: str, value: Any) -> None:
     wanted = "an integer in [1, 2**31)"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    if not 1 <= value < 2**31:
+    if not 1 <= int(value) < 2**31:
         raise ValueError(f"{name} must be {wanted}, not {value!r}")

@@ -27,15 +27,16 @@ def attention(
     """Softmax attention over the keys that the oracle keeps.
 
     queries: (dim,), (n_query, dim) or (n_head_kv, n_gqa, dim), dealt to the KV heads as in ``Index.search``.
-    values: (n_positions, value_dim) or (n_head_kv, n_positions, value_dim), float32, float16 or bfloat16, in any layout; rows of removed
-        positions are not read.
+    values: (n_positions, value_dim) or (n_head_kv, n_positions, value_dim), float32, float16 or bfloat16, in any
+        layout; rows of removed positions are not read.
     oracle: ``Mass(0.05)`` by default.
     compensate: adds the other keys back as their approximate weight times the mean value of their block of 64.
     scale: what softmax multiplies q.k by; 1 / sqrt(dim) by default.
 
-    Returns the output, float32, shaped as the queries with value_dim for dim, and a certificate for each query: ``delta`` bounds the softmax
-    mass that was left out, ``error_bound`` the distance to dense attention's output. With a NaN or an infinity the output is what
-    dense attention gives, and the certificate says ``dense``. All live values are read once, for the means and the error bound.
+    Returns the output, float32, shaped as the queries with value_dim for dim, and a certificate for each query:
+    ``delta`` bounds the softmax mass that was left out, ``error_bound`` the distance to dense attention's output.
+    With a NaN or an infinity the output is what dense attention gives, and the certificate says ``dense``. All live
+    values are read once, for the means and the error bound.
 
     Raises TypeError or ValueError, an empty index included.
     """

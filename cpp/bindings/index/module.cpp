@@ -180,7 +180,7 @@ void bind(nb::module_ & m) {
     m.def("available_isas", &available_isas, "Instruction sets the kernels can use here, best first.");
     m.def("active_isa", [] { return active_isa(); }, "The one in use.");
     m.def("time_appends", &time_appends, "index"_a, "keys"_a, "dtype"_a);
-    m.def("bfloat16_bits", &bfloat16_bits, "array"_a);
+    m.def("bfloat16_bits", &bfloat16_bits, "array"_a, nb::sig("def bfloat16_bits(array: object) -> typing.Any"));
 
     nb::class_<IndexOptions>(m, "IndexOptions")
         .def(
