@@ -226,11 +226,9 @@ class Index:
 
     def __contains__(self, position: object) -> bool:
         """Whether the position is live."""
-        return (
-            isinstance(position, Integral)
-            and -(2**63) <= position < 2**63
-            and self._core.is_live(int(position))
-        )
+        if not isinstance(position, Integral) or not 0 <= int(position) < self.n_positions:
+            return False
+        return self._core.is_live(int(position))
 
     @property
     def memory_usage(self) -> MemoryUsage:
