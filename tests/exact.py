@@ -111,7 +111,9 @@ def matching(
         reached = reaches(query, mine, threshold)
         if subspace_tau is not None:
             finite = is_finite(mine)
-            for part, least in zip(subspaces(keys.shape[2], subspace_tau.shape[1]), subspace_tau[i], strict=True):
+            for part, least in zip(
+                subspaces(keys.shape[2], subspace_tau.shape[1]), subspace_tau[i], strict=True
+            ):
                 reached &= reaches(query[part], mine[:, part], float(least)) | ~finite
         found.append(positions[reached])
     return found
@@ -188,3 +190,20 @@ def state_of(index: Index) -> tuple[object, ...]:
         some.scores.tobytes(),
         b"".join(index.key(i).tobytes() for i in range(n)),
     )
+
+
+def normal(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def search_and_check(index: Index, keys: NDArray, queries: NDArray, **settings: NDArray[np.bool_]) -> None:
+    """At thresholds that a tenth and a half of the keys reach, by every method."""
+    for share in (0.1, 0.5):
+        tau = np.array([threshold(query, keys, share) for query in queries])
+        for method in METHODS[index.kind]:
+            check(index.search(queries, tau, method=method), keys, queries, tau, **settings)
+
+
+def threshold(query: NDArray, keys: NDArray, share: float) -> float:
+    found = scores(query, keys.reshape(-1, keys.shape[-1]))
+    return float(np.quantile(found, 1 - share)) if len(found) else 0.0

@@ -174,6 +174,8 @@ class Index:
         n = len(array)
         if not isinstance(method, str):
             raise TypeError(f"method must be a string, not {method!r}")
+        if self.kind == "grid" and method in ("sweep", "filter"):
+            raise ValueError(f"method is {method!r}, accepted for an index of kind 'grid' is 'sum'")
         offsets, ids, scores, stats = self._core.search(
             array, _thresholds("tau", tau, (n,)), method, self._subspace_tau(subspace_tau, method, n)
         )
@@ -367,7 +369,7 @@ def _thresholds(name: str, given: npt.ArrayLike, shape: tuple[int, ...]) -> npt.
     if np.isnan(array).any():
         raise ValueError(f"{name} has a NaN, accepted is a number or an infinity")
     if exact.dtype.kind in "iu":
-        rounds = bool((np.abs(array) > 2.0**53).any())
+        rounds = exact.size > 0 and max(abs(int(exact.max())), abs(int(exact.min()))) > 2**53
     else:
         rounds = bool((array.astype(exact.dtype) != exact).any())
     if rounds:
