@@ -47,10 +47,7 @@ class Fixed(Oracle):
 
     def __post_init__(self) -> None:
         _number(
-            "tau",
-            self.tau,
-            "a number or an infinity",
-            not isnan(self.tau) if isinstance(self.tau, Real) else False,
+            "tau", self.tau, "a float64 or an infinity", isinstance(self.tau, Real) and _is_float(self.tau)
         )
 
 
