@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace louver {
@@ -46,15 +48,24 @@ class Workers {
         for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
             spins < kSpins ? relax() : std::this_thread::yield();
         }
+        if (failure_ != nullptr) {
+            std::rethrow_exception(std::exchange(failure_, nullptr));
+        }
     }
 
     std::mutex mutex;
 
   private:
     void take() {
-        for (int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < n_;
-             i = next_.fetch_add(1, std::memory_order_relaxed)) {
-            (*f_)(i);
+        try {
+            for (int64_t i = next_.fetch_add(1, std::memory_order_relaxed); i < n_;
+                 i = next_.fetch_add(1, std::memory_order_relaxed)) {
+                (*f_)(i);
+            }
+        } catch (...) {
+            const std::lock_guard lock(failing_);
+            failure_ = std::current_exception();
+            next_.store(n_, std::memory_order_relaxed);
         }
     }
 
@@ -76,6 +87,8 @@ class Workers {
     const std::function<void(int64_t)> * f_ = nullptr;
     int64_t n_ = 0;
     int n_helpers_ = 0;
+    std::mutex failing_;
+    std::exception_ptr failure_;  // one of those that f threw
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> busy_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
