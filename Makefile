@@ -41,11 +41,11 @@ lint: setup $(VENV)/.dev
 	@rm -rf build/typed && mkdir -p build/typed && cp -r python/louver_llama build/typed/ && \
 	  cp $(VENV)/lib/python3*/site-packages/louver_llama/_*.pyi build/typed/louver_llama/ && \
 	  MYPYPATH=build/typed $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror $$(find cpp -name '*.h' -o -name '*.cpp')
+	@$(BIN)/clang-format --dry-run -Werror $$(find cpp fuzz -name '*.h' -o -name '*.cpp')
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	@$(BIN)/clang-format -i $$(find cpp -name '*.h' -o -name '*.cpp')
+	@$(BIN)/clang-format -i $$(find cpp fuzz -name '*.h' -o -name '*.cpp')
 
 clean:
 	rm -rf $(VENV) .cache build

@@ -59,8 +59,9 @@ def scores(query: NDArray, keys: NDArray) -> Double:
 
 
 def magnitudes(query: NDArray, keys: NDArray) -> Double:
-    """The sum of |q_i k_i| of each key."""
-    return np.abs(f64(query) * f64(keys)).sum(axis=1)
+    """The sum of |q_i k_i| of each finite key."""
+    with np.errstate(invalid="ignore"):
+        return np.abs(f64(query) * f64(keys)).sum(axis=1)
 
 
 def reaches(query: NDArray, keys: NDArray, tau: float) -> NDArray[np.bool_]:

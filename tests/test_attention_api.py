@@ -1,170 +1,305 @@
-"""louver_llama.attention against dense softmax in float64: what it certifies has to hold."""
+"""louver_llama.attention: as far from dense attention in float64 as its certificates say, and no farther."""
 
 from __future__ import annotations
 
-import ml_dtypes
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import louver_llama as ll
-from exact import DTYPES, OPTIONS, Double, dense, f64, name_of, stored
-from louver_llama import Index, oracles
+from exact import DTYPES, KINDS, dense, dropped_mass, f64, heads, normal, stored
+from louver_llama import Certificate, Index, attention
+from louver_llama.oracles import (
+    Budget,
+    Fixed,
+    Mass,
+    Oracle,
+    SampleGap,
+    SampleMax,
+    SampleMeanMax,
+    SampleTopK,
+    TopK,
+)
+from test_index_layouts import layouts
 
-each_kind = pytest.mark.parametrize("options", OPTIONS, ids=name_of)
-N, DIM, VALUE_DIM = 400, 20, 7
-ORACLES = [
-    oracles.Mass(0.0),
-    oracles.Mass(0.001),
-    oracles.Mass(0.05),
-    oracles.Mass(0.5),
-    oracles.Fixed(2.0),
-    oracles.Fixed(np.inf),
-    oracles.TopK(5),
-    oracles.SampleMax(n_samples=50),
-    oracles.SampleMeanMax(n_samples=50),
-    oracles.SampleTopK(3, n_samples=50),
-    oracles.SampleGap(n_samples=50),
-    oracles.Budget(0.2, n_samples=50),
+ROUNDING = 1e-5  # of float32 outputs, in units of the largest |value|
+EVERY: list[Oracle] = [
+    Fixed(1.0),
+    Fixed(math.inf),
+    SampleMax(32),
+    SampleMeanMax(),
+    SampleTopK(),
+    SampleGap(),
+    Budget(0.2),
+    TopK(1),
+    TopK(30),
+    Mass(0.0),
+    Mass(0.01),
+    Mass(0.3),
+    Mass(0.999),
 ]
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    return np.random.default_rng(5)
+    return np.random.default_rng(17)
 
 
-def data(rng: np.random.Generator, n_head_kv: int = 2, n_gqa: int = 3) -> tuple[NDArray, NDArray, NDArray]:
-    """Queries, keys and values with some mass here and some there."""
-    keys = rng.normal(size=(n_head_kv, N, DIM)) * rng.uniform(0.3, 2, (n_head_kv, N, 1))
-    values = rng.normal(size=(n_head_kv, N, VALUE_DIM)) + 3
-    queries = rng.normal(size=(n_head_kv * n_gqa, DIM)) * 2
-    return queries.astype(np.float32), keys.astype(np.float32), values.astype(np.float32)
+@dataclass
+class Problem:
+    queries: NDArray[np.float32]  # (n_query, dim)
+    keys: NDArray  # (n_head_kv, n, dim)
+    values: NDArray  # (n_head_kv, n, value_dim)
+    live: NDArray[np.bool_]  # (n,)
+
+    @classmethod
+    def random(
+        cls,
+        rng: np.random.Generator,
+        *,
+        n: int = 300,
+        n_head_kv: int = 2,
+        n_gqa: int = 2,
+        dim: int = 16,
+        value_dim: int = 16,
+        dtype: str = "float32",
+        spread: float = 3.0,
+        removed: bool = True,
+    ) -> Problem:
+        live = np.ones(n, bool)
+        if removed:
+            live[5::7] = False
+            live[64:128] = False
+        return cls(
+            normal(rng, n_head_kv * n_gqa, dim) * np.float32(spread),
+            stored(normal(rng, n_head_kv, n, dim), dtype),
+            stored(normal(rng, n_head_kv, n, value_dim) + np.float32(0.5), dtype),
+            live,
+        )
+
+    def index(self, kind: str) -> Index:
+        index = Index.build(self.keys, kind, merge_at=32)
+        index.remove(np.flatnonzero(~self.live))
+        return index
+
+    def dense(self, scale: float | None = None) -> NDArray[np.float64]:
+        scale = self.keys.shape[2] ** -0.5 if scale is None else scale
+        return dense(self.queries, self.keys, self.values, self.live, scale)
+
+    def rounding(self) -> float:
+        return ROUNDING * float(np.linalg.norm(f64(self.values)[:, self.live], axis=2).max())
+
+    def check(
+        self, out: NDArray[np.float32], certificates: tuple[Certificate, ...], scale: float | None = None
+    ) -> None:
+        assert out.dtype == np.float32
+        off = np.linalg.norm(out - self.dense(scale), axis=1)
+        bounds = np.array([certificate.error_bound for certificate in certificates])
+        assert (off <= bounds + self.rounding()).all()
 
 
-def expect_bounded(
-    output: NDArray, wanted: Double, certificates: tuple[ll.Certificate, ...], values: NDArray
-) -> Double:
-    """|output - dense| <= error_bound, up to the output's rounding; returns the errors."""
-    error = np.linalg.norm(f64(output) - wanted, axis=-1)
-    rounding = 1e-6 * np.abs(f64(values)[np.isfinite(f64(values))]).max() * values.shape[-1]
-    bounds = np.array([certificate.error_bound for certificate in certificates])
-    assert (error <= bounds + rounding).all(), (error, bounds)
-    return error
-
-
-@each_kind
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compensate", [True, False])
-@pytest.mark.parametrize("oracle", ORACLES, ids=str)
-def test_within_the_certified_error(
-    rng: np.random.Generator, options: dict[str, object], compensate: bool, oracle: oracles.Oracle
-) -> None:
-    queries, keys, values = data(rng)
-    index = Index.build(keys, **options)
-    output, certificates = ll.attention(queries, index, values, oracle, compensate=compensate)
-    assert output.shape == (6, VALUE_DIM) and output.dtype == np.float32
-    wanted = dense(queries, keys, values, np.ones(N, bool), DIM**-0.5)
-    error = expect_bounded(output, wanted, certificates, values)
-    assert not any(certificate.dense for certificate in certificates)
-    if oracle == oracles.Mass(0.0):
-        assert (error < 1e-5).all()
-        assert all(c.delta == c.error_bound == 0 and c.n_selected == N for c in certificates)
-    if isinstance(oracle, oracles.Mass):
-        assert all(certificate.delta <= oracle.epsilon for certificate in certificates)
+@pytest.mark.parametrize("oracle", EVERY, ids=str)
+def test_error_bound(rng: np.random.Generator, oracle: Oracle, compensate: bool, kind: str) -> None:
+    for spread in (0.0, 0.3, 3.0, 30.0, 1000.0):
+        problem = Problem.random(rng, spread=spread)
+        index = problem.index(kind)
+        out, certificates = attention(problem.queries, index, problem.values, oracle, compensate=compensate)
+        problem.check(out, certificates)
+        selection = index.select(problem.queries, oracle)
+        for i, (certificate, match) in enumerate(zip(certificates, selection, strict=True)):
+            assert not certificate.dense
+            assert certificate.delta == selection.certificates[i].delta
+            assert certificate.tau == selection.certificates[i].tau
+            true = dropped_mass(problem.queries[i], problem.keys[i // 2], problem.live, match.ids, 0.25)
+            assert true <= certificate.delta * (1 + 1e-12)
 
 
-def test_the_bound_can_fail(rng: np.random.Generator) -> None:
-    """The negative control: values that moved behind the certificate's back."""
-    queries, keys, values = data(rng)
-    output, certificates = ll.attention(queries, Index.build(keys), values)
-    wanted = dense(queries, keys, values + 20, np.ones(N, bool), DIM**-0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_is_not_idle(rng: np.random.Generator, kind: str) -> None:
+    """The negative control: outputs differ from dense by more than rounding, and a wrong one is found out."""
+    problem = Problem.random(rng)
+    out, certificates = attention(problem.queries, problem.index(kind), problem.values, Mass(0.3))
+    assert np.linalg.norm(out - problem.dense(), axis=1).max() > 10 * problem.rounding()
+    away = out + np.float32(2 * max(certificate.error_bound for certificate in certificates))
     with pytest.raises(AssertionError):
-        expect_bounded(output, wanted, certificates, values)
+        problem.check(away, certificates)
 
 
-def test_compensation_helps(rng: np.random.Generator) -> None:
-    queries, keys, values = data(rng)
-    index = Index.build(keys)
-    wanted = dense(queries, keys, values, np.ones(N, bool), DIM**-0.5)
-    with_means, without = (
-        np.linalg.norm(
-            ll.attention(queries, index, values, oracles.Mass(0.3), compensate=c)[0] - wanted, axis=1
-        ).mean()
-        for c in (True, False)
-    )
-    assert with_means < 0.7 * without
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_head_kv", "n_gqa"), [(1, 1), (1, 5), (2, 1), (3, 9)])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 400])
+def test_epsilon_0_is_dense(rng: np.random.Generator, n: int, n_head_kv: int, n_gqa: int, kind: str) -> None:
+    problem = Problem.random(rng, n=n, n_head_kv=n_head_kv, n_gqa=n_gqa, removed=False)
+    queries = problem.queries.reshape(n_head_kv, n_gqa, -1)
+    out, certificates = attention(queries, problem.index(kind), problem.values, Mass(0))
+    assert out.shape == (n_head_kv, n_gqa, 16)
+    assert len(certificates) == n_head_kv * n_gqa
+    assert all(certificate.delta == certificate.error_bound == 0 for certificate in certificates)
+    assert all(certificate.n_selected == n for certificate in certificates)
+    assert np.abs(out.reshape(-1, 16) - problem.dense()).max() <= problem.rounding()
 
 
-@each_kind
-def test_removed_positions_are_not_read(rng: np.random.Generator, options: dict[str, object]) -> None:
-    queries, keys, values = data(rng)
-    index = Index.build(keys, **options)
-    gone = [0, 63, 64, 200, 399]
-    index.remove(gone)
-    live = np.ones(N, bool)
-    live[gone] = False
-    values[:, gone] = np.nan
-    output, certificates = ll.attention(queries, index, values)
-    expect_bounded(output, dense(queries, keys, values, live, DIM**-0.5), certificates, values)
-    assert np.isfinite(output).all() and certificates[0].n_keys == N - 5
+@pytest.mark.parametrize("kind", KINDS)
+def test_compensation_helps(rng: np.random.Generator, kind: str) -> None:
+    """Values with a common part: what is dropped is worth about its block's mean."""
+    off = []
+    for compensate in (True, False):
+        problem = Problem.random(np.random.default_rng(3), n=2000, n_gqa=8, spread=2.0)
+        queries, index = problem.queries, problem.index(kind)
+        out, certificates = attention(queries, index, problem.values, TopK(200), compensate=compensate)
+        problem.check(out, certificates)
+        off.append(np.linalg.norm(out - problem.dense(), axis=1).mean())
+    assert off[0] < 0.7 * off[1]
 
 
-@each_kind
-@pytest.mark.parametrize("where", ["keys", "values"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_not_finite_is_what_dense_gives(
-    rng: np.random.Generator, options: dict[str, object], where: str, bad: float
-) -> None:
-    queries, keys, values = data(rng)
-    (keys if where == "keys" else values)[0, 100, 2] = bad
-    output, certificates = ll.attention(queries, Index.build(keys, **options), values)
-    wanted = dense(queries, keys, values, np.ones(N, bool), DIM**-0.5)
-    np.testing.assert_allclose(output[:3], wanted[:3], rtol=1e-4, atol=1e-5)
-    expect_bounded(output[3:], wanted[3:], certificates[3:], values)
-    assert [certificate.dense for certificate in certificates] == [True] * 3 + [False] * 3
-
-
-def test_shapes_and_scale(rng: np.random.Generator) -> None:
-    queries, keys, values = data(rng)
-    index = Index.build(keys)
-    flat, _ = ll.attention(queries, index, values, scale=0.7)
-    wanted = dense(queries, keys, values, np.ones(N, bool), 0.7)
-    assert np.abs(flat - wanted).max() < 0.1
-    by_head, _ = ll.attention(queries.reshape(2, 3, DIM), index, values, scale=0.7)
-    np.testing.assert_array_equal(by_head, flat.reshape(2, 3, VALUE_DIM))
-    one, certificates = ll.attention(queries[0], Index.build(keys[0]), values[0], scale=0.7)
-    np.testing.assert_allclose(one, flat[0], rtol=1e-6)
-    assert one.shape == (VALUE_DIM,) and len(certificates) == 1
-
-
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_and_layouts_of_values(rng: np.random.Generator, dtype: str) -> None:
-    queries, keys, values = data(rng)
-    index = Index.build(keys)
-    values = stored(values, dtype)
-    output, _ = ll.attention(queries, index, values)
-    wide = np.zeros((N, 2, 2 * VALUE_DIM), DTYPES[dtype])
-    wide[:, :, ::2] = values.transpose(1, 0, 2)
-    for same in (np.asfortranarray(values), wide.transpose(1, 0, 2)[:, :, ::2], values[:, ::-1][:, ::-1]):
-        np.testing.assert_array_equal(ll.attention(queries, index, same)[0], output)
-    expect_bounded(
-        output,
-        dense(queries, keys, values, np.ones(N, bool), DIM**-0.5),
-        ll.attention(queries, index, values)[1],
-        values,
-    )
-    halves = queries.astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(
-        ll.attention(halves, index, values)[0], ll.attention(halves.astype(np.float32), index, values)[0]
-    )
+@pytest.mark.parametrize("value_dim", [1, 15, 16, 33, 1024])
+def test_values(rng: np.random.Generator, value_dim: int, dtype: str, kind: str) -> None:
+    problem = Problem.random(rng, n=130, n_head_kv=1, value_dim=value_dim, dtype=dtype)
+    index = problem.index(kind)
+    plain, certificates = attention(problem.queries, index, problem.values, Mass(0.1))
+    problem.check(plain, certificates)
+    assert plain.shape == (2, value_dim)
+    for name, values in layouts(problem.values[0]):
+        out, _ = attention(problem.queries, index, values, Mass(0.1))
+        assert np.array_equal(out, plain), name
+    single, (certificate,) = attention(problem.queries[0], index, problem.values[0], Mass(0.1))
+    assert single.shape == (value_dim,)
+    assert np.array_equal(single, plain[0])
+    assert certificate == certificates[0]
+    everywhere = np.broadcast_to(problem.values[:, :1], problem.values.shape)
+    out, _ = attention(problem.queries, index, everywhere, Mass(0.1))
+    np.testing.assert_allclose(out, np.tile(f64(everywhere[0, :1]), (2, 1)), rtol=1e-5, atol=1e-6)
 
 
-def test_far_and_huge_scores(rng: np.random.Generator) -> None:
-    """Scores of thousands of log2 units: one key has all the mass."""
-    queries, keys, values = data(rng)
-    for factor in (1e3, 1e6, 1e12):
-        index = Index.build(keys * np.float32(factor))
-        output, certificates = ll.attention(queries, index, values)
-        wanted = dense(queries, keys * np.float32(factor), values, np.ones(N, bool), DIM**-0.5)
-        expect_bounded(output, wanted, certificates, values)
-        assert all(certificate.delta <= 0.05 for certificate in certificates)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_another_dtype_than_keys(rng: np.random.Generator, kind: str) -> None:
+    problem = Problem.random(rng)
+    index = problem.index(kind)
+    for dtype in DTYPES:
+        problem.values = stored(problem.values, dtype)
+        problem.check(*attention(problem.queries, index, problem.values))
+    cells_first = np.ascontiguousarray(problem.values.swapaxes(0, 1)).swapaxes(0, 1)
+    problem.check(*attention(problem.queries, index, cells_first))
+    problem.check(*attention(problem.queries, index, memoryview(f64(cells_first).astype(np.float32))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 20, 1e6])
+def test_scale(rng: np.random.Generator, scale: float, kind: str) -> None:
+    problem = Problem.random(rng)
+    index = problem.index(kind)
+    for oracle in (Mass(0.05), TopK(10)):
+        problem.check(*attention(problem.queries, index, problem.values, oracle, scale=scale), scale)
+    # The negative control: the scale changes the result.
+    assert not np.allclose(problem.dense(scale), problem.dense(0.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults(rng: np.random.Generator, kind: str) -> None:
+    problem = Problem.random(rng)
+    index = problem.index(kind)
+    out, certificates = attention(problem.queries, index, problem.values)
+    same, _ = attention(problem.queries, index, problem.values, Mass(0.05), compensate=True, scale=16**-0.5)
+    assert np.array_equal(out, same)
+    assert all(certificate.delta <= 0.05 for certificate in certificates)
+    none, nothing = attention(problem.queries[:0], index, problem.values)
+    assert none.shape == (0, 16)
+    assert nothing == ()
+
+
+# NaN and infinities
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("oracle", EVERY, ids=str)
+def test_removed_positions_are_not_read(rng: np.random.Generator, oracle: Oracle, kind: str) -> None:
+    problem = Problem.random(rng)
+    index = problem.index(kind)
+    for compensate in (True, False):
+        clean, _ = attention(problem.queries, index, problem.values, oracle, compensate=compensate)
+        for bad in (math.nan, math.inf):
+            values = problem.values.copy()
+            values[:, ~problem.live] = bad
+            out, certificates = attention(problem.queries, index, values, oracle, compensate=compensate)
+            assert np.array_equal(out, clean)
+            assert not any(certificate.dense for certificate in certificates)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("oracle", [Mass(0.0), Mass(0.3), TopK(3), Fixed(100.0), SampleMax()], ids=str)
+def test_what_is_not_finite_gives_what_dense_gives(
+    rng: np.random.Generator, oracle: Oracle, bad: float, compensate: bool, kind: str
+) -> None:
+    problem = Problem.random(rng, spread=1.0)
+    clean, rounding = (problem.keys.copy(), problem.values.copy()), problem.rounding()
+    queries = problem.queries
+    for where in ("keys", "values"):
+        problem.keys, problem.values = clean[0].copy(), clean[1].copy()
+        getattr(problem, where)[0, 34, 2] = bad
+        out, certificates = attention(
+            queries, problem.index(kind), problem.values, oracle, compensate=compensate
+        )
+        np.testing.assert_allclose(out[:2], problem.dense()[:2], rtol=1e-5, atol=1e-5)
+        assert [certificate.dense for certificate in certificates] == [True, True, False, False]
+        # The other KV head has nothing to do with it.
+        for i in (2, 3):
+            assert np.linalg.norm(out[i] - problem.dense()[i]) <= certificates[i].error_bound + rounding
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_scores_of_either_sign(rng: np.random.Generator, kind: str) -> None:
+    """A key at -infinity weighs nothing; one at +infinity, or NaN, spoils all, as it does with dense attention."""
+    problem = Problem.random(rng, n=100, n_head_kv=1, n_gqa=1, removed=False)
+    for factor, is_finite in ((-1.0, True), (1.0, False), (math.nan, False)):
+        problem.keys[0, 50] = 0.5 * factor
+        channel = int(np.abs(problem.queries[0]).argmax())
+        problem.keys[0, 50, channel] = factor * math.inf * np.sign(problem.queries[0, channel])
+        out, (certificate,) = attention(problem.queries, problem.index(kind), problem.values, Mass(0.1))
+        assert certificate.dense
+        assert np.isfinite(out).all() == is_finite
+        np.testing.assert_allclose(out, problem.dense(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_values_and_keys(rng: np.random.Generator, kind: str) -> None:
+    """Finite all the same: no step on the way may overflow."""
+    problem = Problem.random(rng)
+    problem.values *= np.float32(1e37)
+    problem.check(*attention(problem.queries, problem.index(kind), problem.values, Mass(0.1)))
+    problem.keys[:, ::9] *= np.float32(1e30)
+    problem.values /= np.float32(1e37)
+    for oracle in EVERY:
+        out, certificates = attention(problem.queries, problem.index(kind), problem.values, oracle)
+        problem.check(out, certificates)
+        assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_shapes(rng: np.random.Generator, kind: str) -> None:
+    for _ in range(30):
+        problem = Problem.random(
+            rng,
+            n=int(rng.integers(1, 300)),
+            n_head_kv=int(rng.integers(1, 4)),
+            n_gqa=int(rng.integers(1, 10)),
+            dim=int(rng.integers(1, 80)),
+            value_dim=int(rng.integers(1, 80)),
+            dtype=str(rng.choice(list(DTYPES))),
+            spread=float(rng.choice([0.1, 1, 10])),
+            removed=bool(rng.integers(2)),
+        )
+        if problem.live.any():
+            oracle = EVERY[rng.integers(len(EVERY))]
+            out, certificates = attention(
+                problem.queries, problem.index(kind), problem.values, oracle, compensate=bool(rng.integers(2))
+            )
+            problem.check(out, certificates)
+            assert len(heads(problem.values)) * (len(out) // len(problem.values)) == len(out)

@@ -178,7 +178,8 @@ void bind(nb::module_ & m) {
     nb::register_exception_translator(raise_file_error);
 
     m.def("available_isas", &available_isas, "Instruction sets the kernels can use here, best first.");
-    m.def("active_isa", [] { return active_isa(); }, "The one in use.");
+    m.def(
+        "active_isa", [] { return active_isa(); }, "The one in use.");
     m.def("time_appends", &time_appends, "index"_a, "keys"_a, "dtype"_a);
     m.def("bfloat16_bits", &bfloat16_bits, "array"_a, nb::sig("def bfloat16_bits(array: object) -> typing.Any"));
 
