@@ -21,21 +21,33 @@ std::string unique_name(const std::string & path) {
     return path + "." + std::to_string(getpid()) + "-" + std::to_string(count.fetch_add(1)) + ".tmp";
 }
 
+// What a symbolic link leads to, there or not. A loop stays a link.
+std::string followed(const std::string & path) {
+    constexpr int kMostLinks = 40;
+    std::filesystem::path target = path;
+    std::error_code error;
+    for (int i = 0; i < kMostLinks && std::filesystem::is_symlink(target, error); ++i) {
+        target = target.parent_path() / std::filesystem::read_symlink(target, error);
+    }
+    return target.string();
+}
+
 }  // namespace
 
-AtomicFile::AtomicFile(const std::string & path) : given_(path) {
-    std::error_code error;
-    const std::filesystem::path target = std::filesystem::canonical(path, error);
-    path_ = error ? path : target.string();
+AtomicFile::AtomicFile(const std::string & path) : given_(path), path_(followed(path)) {
     struct stat old;
-    const bool replaces = stat(path_.c_str(), &old) == 0;
+    const bool replaces = stat(path.c_str(), &old) == 0;
+    if (!replaces && errno != ENOENT) {
+        fail("cannot be written");
+    }
     if (replaces && !S_ISREG(old.st_mode)) {
         errno = S_ISDIR(old.st_mode) ? EISDIR : EINVAL;
         fail("cannot be replaced, it is no ordinary file");
     }
     do {
         temporary_ = unique_name(path_);
-        file_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        file_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC,
+                     replaces ? 0600 : 0666);  // no wider than the old one
     } while (file_ < 0 && errno == EEXIST);
     if (file_ < 0) {
         temporary_.clear();

@@ -9,6 +9,7 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
+#include <new>
 
 #define XXH_INLINE_ALL
 #include <xxhash/xxhash.h>
@@ -266,6 +267,43 @@ void require_padding(const Reader & reader, const Header & h) {
     }
 }
 
+// What is allocated is no more than the file has.
+IndexContents read_contents(const Reader & reader, const Header & h) {
+    IndexContents contents;
+    contents.options.kind = static_cast<IndexKind>(h.kind);
+    contents.options.ball = {static_cast<int>(h.n_subspaces),   static_cast<int>(h.group_size),
+                             static_cast<Grouping>(h.grouping), static_cast<Enclosure>(h.enclosure),
+                             static_cast<int>(h.merge_at),      h.seed};
+    contents.type = static_cast<DType>(h.type);
+    contents.n_head_kv = static_cast<int>(h.n_head_kv);
+    contents.dim = static_cast<int>(h.dim);
+    contents.n = static_cast<int64_t>(h.n);
+
+    SectionReader live(reader, h, kLive);
+    contents.live.resize(h.sections[kLive].bytes / sizeof(uint64_t));
+    live.read(contents.live.data(), h.sections[kLive].bytes);
+    live.finish();
+    reader.require(h.n % kBlockCells == 0 || contents.live.back() >> h.n % kBlockCells == 0, "a key behind the last one is live");
+
+    SectionReader keys(reader, h, kKeys);
+    for (uint32_t head = 0; head < h.n_head_kv; ++head) {
+        contents.keys.emplace_back(h.n * row_bytes(contents.type, h.dim));
+        keys.read(contents.keys.back().data(), contents.keys.back().size());
+    }
+    keys.finish();
+
+    SectionReader groups(reader, h, kGroups);
+    for (uint32_t head = 0; head < h.n_head_kv && contents.options.kind == IndexKind::ball; ++head) {
+        contents.groups.emplace_back(h.n * h.n_subspaces);
+        groups.read(contents.groups.back().data(), contents.groups.back().size() * sizeof(uint32_t));
+        for (const uint32_t group : contents.groups.back()) {
+            reader.require(group < h.n || group == BallIndex::kNoGroup, "a group's number is " + std::to_string(group));
+        }
+    }
+    groups.finish();
+    return contents;
+}
+
 }  // namespace
 
 void write_index_file(const std::string & path, const IndexContents & contents, const std::vector<Rows> & keys) {
@@ -320,40 +358,13 @@ IndexContents read_index_file(const std::string & path) {
     const Header h = read_header(reader);
     require_padding(reader, h);
 
-    IndexContents contents;
-    contents.options.kind = static_cast<IndexKind>(h.kind);
-    contents.options.ball = {static_cast<int>(h.n_subspaces),   static_cast<int>(h.group_size),
-                             static_cast<Grouping>(h.grouping), static_cast<Enclosure>(h.enclosure),
-                             static_cast<int>(h.merge_at),      h.seed};
-    contents.type = static_cast<DType>(h.type);
-    contents.n_head_kv = static_cast<int>(h.n_head_kv);
-    contents.dim = static_cast<int>(h.dim);
-    contents.n = static_cast<int64_t>(h.n);
-
-    // From here on what is allocated is no more than the file has.
-    SectionReader live(reader, h, kLive);
-    contents.live.resize(h.sections[kLive].bytes / sizeof(uint64_t));
-    live.read(contents.live.data(), h.sections[kLive].bytes);
-    live.finish();
-    reader.require(h.n % kBlockCells == 0 || contents.live.back() >> h.n % kBlockCells == 0, "a key behind the last one is live");
-
-    SectionReader keys(reader, h, kKeys);
-    for (uint32_t head = 0; head < h.n_head_kv; ++head) {
-        contents.keys.emplace_back(h.n * row_bytes(contents.type, h.dim));
-        keys.read(contents.keys.back().data(), contents.keys.back().size());
+    // A sparse file can be longer than any memory.
+    try {
+        return read_contents(reader, h);
+    } catch (const std::bad_alloc &) {
+        reader.fail(IndexFileError::Reason::system,
+                    "cannot be read: its " + std::to_string(h.file_bytes) + " bytes do not fit into memory");
     }
-    keys.finish();
-
-    SectionReader groups(reader, h, kGroups);
-    for (uint32_t head = 0; head < h.n_head_kv && contents.options.kind == IndexKind::ball; ++head) {
-        contents.groups.emplace_back(h.n * h.n_subspaces);
-        groups.read(contents.groups.back().data(), contents.groups.back().size() * sizeof(uint32_t));
-        for (const uint32_t group : contents.groups.back()) {
-            reader.require(group < h.n || group == BallIndex::kNoGroup, "a group's number is " + std::to_string(group));
-        }
-    }
-    groups.finish();
-    return contents;
 }
 
 }  // namespace louver

@@ -35,17 +35,18 @@ class Workers {
 
     int size() const { return size_; }
 
-    // The caller holds the mutex.
+    // The caller holds the mutex. A worker that wakes up after all has been dealt out is not waited for.
     void work(int64_t n, int n_helpers, const std::function<void(int64_t)> & f) {
         f_ = &f;
         n_ = n;
         n_helpers_ = n_helpers;
         next_.store(0, std::memory_order_relaxed);
-        busy_.store(size_, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
+        open_.store(true);
+        round_.fetch_add(1);
         round_.notify_all();
         take();
-        for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+        open_.store(false);
+        for (int spins = 0; busy_.load() != 0; ++spins) {
             spins < kSpins ? relax() : std::this_thread::yield();
         }
         if (failure_ != nullptr) {
@@ -76,10 +77,12 @@ class Workers {
             }
             round_.wait(seen, std::memory_order_acquire);
             seen = round_.load(std::memory_order_acquire);
-            if (rank < n_helpers_) {
+            // First counted, then looked: whoever closes the round sees one of the two.
+            busy_.fetch_add(1);
+            if (open_.load() && rank < n_helpers_) {
                 take();
             }
-            busy_.fetch_sub(1, std::memory_order_release);
+            busy_.fetch_sub(1);
         }
     }
 
@@ -90,6 +93,7 @@ class Workers {
     std::mutex failing_;
     std::exception_ptr failure_;  // one of those that f threw
     alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<bool> open_{false};
     alignas(64) std::atomic<int> busy_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
 };
