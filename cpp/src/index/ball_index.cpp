@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -25,10 +24,10 @@ bool finite(const float * key, int dim) {
 }  // namespace
 
 BallIndex::BallIndex(int dim, const BallOptions & options) : options_(options) {
-    if (options.n_subspaces < 1 || options.n_subspaces > dim || options.group_size < 1) {
+    if (options.n_subspaces < 1 || options.n_subspaces > dim || options.group_size < 1 || options.merge_at < 1) {
         throw std::invalid_argument("BallIndex: n_subspaces is " + std::to_string(options.n_subspaces) + ", group_size is " +
-                                    std::to_string(options.group_size) + ", accepted are 1 to dim = " + std::to_string(dim) +
-                                    " and 1 or more");
+                                    std::to_string(options.group_size) + ", merge_at is " + std::to_string(options.merge_at) +
+                                    ", accepted are 1 to dim = " + std::to_string(dim) + ", and 1 or more for the others");
     }
     for (int s = 0; s < options.n_subspaces; ++s) {
         const int begin = subspace_begin(s, options.n_subspaces, dim);
@@ -71,7 +70,7 @@ void BallIndex::merge(const Rows & keys, int64_t n, const uint64_t * live) {
     add(keys, positions);
 }
 
-// The members of the groups that `group` numbers from the subspace's n_groups on.
+// Groups the positions among themselves, behind the groups there are.
 void BallIndex::add(const Rows & keys, const std::vector<int32_t> & positions) {
     std::vector<float> row(static_cast<size_t>(padded(keys.dim)));
     std::vector<int32_t> usable;

@@ -56,13 +56,8 @@ class GridQuery final : public HeadQuery {
         constexpr int kStride = kMaxRun * kBlockCells;
         scan(first, count, cells, static_cast<float>(to_log2_), reference.data(), weight, kStride, nullptr);
         for (int i = 0; i < batch_.n; ++i) {
-            for (int b = 0; b < count && usable_[static_cast<size_t>(i)]; ++b) {
-                const float * of_block = weight + i * kStride + b * kBlockCells;
-                uint64_t reached = 0;
-                for (int cell = 0; cell < kBlockCells; ++cell) {
-                    reached |= static_cast<uint64_t>(!(of_block[cell] < kReached)) << cell;
-                }
-                cells[i * count + b] &= reached;
+            if (usable_[static_cast<size_t>(i)]) {
+                select(weight + i * kStride, count, cells + i * count);
             }
         }
     }
@@ -83,11 +78,26 @@ class GridQuery final : public HeadQuery {
     int64_t preselect(SearchMethod, int, double, const double *, std::span<uint64_t>) const override { return 0; }
 
   private:
+    // Leaves those of the cells whose weight reaches 1.
+    static void select(const float * weight, int count, uint64_t * cells) {
+        std::array<uint64_t, kMaxRun> kept{};
+        std::array<float, kMaxRun> dropped;
+        const float threshold = kReached;
+        SelectArgs args{};
+        args.weight = weight;
+        args.threshold = &threshold;
+        args.n_query = 1;
+        args.n_blocks = count;
+        args.visible = cells;
+        args.kept = kept.data();
+        args.dropped = dropped.data();
+        kernels().select(args);
+        std::copy_n(kept.begin(), count, cells);
+    }
+
     void scan(int first, int count, const uint64_t * cells, float to_log2, const float * reference, float * weight,
               int64_t weight_stride, const WeightArgs * out) const {
-        static constexpr std::array<float, kCandidates> kNone{};
         std::array<double, kMaxBatch> lower{};
-        std::array<double, kMaxBatch * kCandidates> below;
         std::array<float, kMaxBatch * kMaxRun> slack;
         std::array<uint64_t, kMaxBatch * kMaxRun> scanned;
         for (int i = 0; i < batch_.n; ++i) {
@@ -111,13 +121,11 @@ class GridQuery final : public HeadQuery {
         args.to_log2 = to_log2;
         args.certified = true;
         args.reference = reference;
-        args.candidate = kNone.data();
         args.weight = weight;
         args.weight_stride = weight_stride;
         args.slack = slack.data();
         args.slack_stride = kMaxRun;
         args.lower = lower.data();
-        args.below = below.data();
         kernels().scan(args);
         for (int i = 0; out != nullptr && i < batch_.n; ++i) {
             out->lower[i] += lower[static_cast<size_t>(i)];

@@ -665,7 +665,7 @@ void scan(const ScanArgs & a) {
     alignas(32) float largest_step[kMaxDim];
     largest_steps(a, largest_step);
     for_heads<4>(a.n_query, [&]<int H>(int first) { scan_heads<H>(a, first, largest_step); });
-    for (int h = 0; h < a.n_query; ++h) {
+    for (int h = 0; h < a.n_query && a.below != nullptr; ++h) {
         const float * weight = a.weight + h * a.weight_stride;
         for (int b = 0; b < a.n_blocks; ++b) {
             add_below(weight + b * kBlockCells + sampled_cell(b), kBlockCells / kSampleStep, a.candidate,

@@ -516,37 +516,55 @@ inline __m128 round_queries(const ScanArgs & a, int block, const float * query, 
     return sums_of_4(base);
 }
 
-// Half the block's keys at a time: then the sums of four heads stay in registers.
-constexpr int kHalf = kBlockVectors / 2;
+// The same for all keys of one head: one broadcast of the levels serves all of them.
+inline void add_dots(__m512i & acc, __m512i codes, __m512i levels) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(levels));
+}
 
-// Upper weights of H heads for 32 keys of a block, to `out`; sum[h] += them.
-template <int H> inline void scan_half(const uint8_t * codes, const uint8_t * next_codes, int groups, const BlockQuery * query,
+inline __m512i four_levels(const int8_t * levels) {
+    int32_t four;
+    __builtin_memcpy(&four, levels, sizeof(four));
+    return _mm512_set1_epi32(four);
+}
+
+// Vectors of keys at a time: all of a block for one head, half of it for more, so that the sums of four heads stay in registers.
+template <int H> constexpr int kPart = H == 1 ? kBlockVectors : kBlockVectors / 2;
+
+// Upper weights of H heads for kPart<H> vectors of keys of a block, to `out`; sum[h] += them.
+template <int H> inline void scan_part(const uint8_t * codes, const uint8_t * next_codes, int groups, const BlockQuery * query,
                                        const ToWeight * to, const uint64_t * cells, int first_cell, float * out,
                                        int64_t out_stride, __m512 * sum) {
-    __m512i high[H][kHalf];
-    __m512i low[H][kHalf];
+    __m512i high[H][kPart<H>];
+    __m512i low[H][kPart<H>];
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kHalf; ++v) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPart<H>; ++v) {
             high[h][v] = _mm512_setzero_si512();
             low[h][v] = _mm512_setzero_si512();
         }
     }
     for (int g = 0; g < groups; ++g) {
-        __m512i code[kHalf];
-#pragma GCC unroll 2
-        for (int v = 0; v < kHalf; ++v) {
+        __m512i code[kPart<H>];
+#pragma GCC unroll 4
+        for (int v = 0; v < kPart<H>; ++v) {
             code[v] = _mm512_loadu_si512(codes + (g * kBlockVectors + v) * 64);
             // The next block's: hardware prefetch ends with the page, which is about a block.
             _mm_prefetch(reinterpret_cast<const char *>(next_codes + (g * kBlockVectors + v) * 64), _MM_HINT_T1);
         }
+        [[maybe_unused]] const __m512i one_high = four_levels(query[0].high + 4 * g);
+        [[maybe_unused]] const __m512i one_low = four_levels(query[0].low + 4 * g);
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-#pragma GCC unroll 2
-            for (int v = 0; v < kHalf; ++v) {
-                add_dots(high[h][v], code[v], query[h].high + 4 * g);
-                add_dots(low[h][v], code[v], query[h].low + 4 * g);
+#pragma GCC unroll 4
+            for (int v = 0; v < kPart<H>; ++v) {
+                if constexpr (H == 1) {
+                    add_dots(high[h][v], code[v], one_high);
+                    add_dots(low[h][v], code[v], one_low);
+                } else {
+                    add_dots(high[h][v], code[v], query[h].high + 4 * g);
+                    add_dots(low[h][v], code[v], query[h].low + 4 * g);
+                }
             }
         }
     }
@@ -557,8 +575,8 @@ template <int H> inline void scan_half(const uint8_t * codes, const uint8_t * ne
         const __m512 fine = _mm512_set1_ps(to[h].scale);
         const __m512 coarse = _mm512_set1_ps(to[h].scale * 256.0f);
         const __m512 offset = _mm512_set1_ps(to[h].offset);
-#pragma GCC unroll 2
-        for (int v = 0; v < kHalf; ++v) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPart<H>; ++v) {
             const __m512 partial = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[h][v]), fine, offset);
             const __m512 scaled = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[h][v]), coarse, partial);
             // min() with the operands in this order turns a NaN into infinity.
@@ -625,9 +643,10 @@ template <int H> void scan_heads(const ScanArgs & a, int first, const float * la
         for (__m512 & lane : sum) {
             lane = _mm512_setzero_ps();
         }
-        scan_half<H>(codes, next, groups, rounded, to, cells, 0, out, a.weight_stride, sum);
-        scan_half<H>(codes + kHalf * 64, next + kHalf * 64, groups, rounded, to, cells, kHalf * kLanes, out + kHalf * kLanes,
-                     a.weight_stride, sum);
+        for (int v = 0; v < kBlockVectors; v += kPart<H>) {
+            scan_part<H>(codes + v * 64, next + v * 64, groups, rounded, to, cells, v * kLanes, out + v * kLanes, a.weight_stride,
+                         sum);
+        }
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
             lower[h] = _mm512_fmadd_ps(sum[h], _mm512_set1_ps(factor[h]), lower[h]);
@@ -668,7 +687,7 @@ void scan(const ScanArgs & a) {
     largest_steps(a, largest_step);
     for_heads(a.n_query, [&]<int H>(int first) { scan_heads<H>(a, first, largest_step); });
     static_assert(kBlockCells / kSampleStep == kLanes);
-    for (int h = 0; h < a.n_query; ++h) {
+    for (int h = 0; h < a.n_query && a.below != nullptr; ++h) {
         const float * weight = a.weight + h * a.weight_stride;
         add_below(
             a.n_blocks, [weight](int b) { return weight + b * kBlockCells + sampled_cell(b); }, a.candidate,

@@ -32,14 +32,14 @@ struct ScanArgs {
     float to_log2;             // q.k times this is the score in log2 units
     bool certified;            // false: the slack is left out, weights are estimates
     const float * reference;   // [n_query] log2 units; a weight is 2^(score - reference)
-    const float * candidate;   // [kCandidates] rising thresholds on the weight, the same for all heads
+    const float * candidate;   // [kCandidates] rising thresholds on the weight, the same for all heads; not read without `below`
     float * weight;            // out [n_query][weight_stride]: upper bound on each cell's weight, 0 for cells not in `cells`,
                                // infinity where it overflows or is not a number
     int64_t weight_stride;
     float * slack;  // out [n_query][slack_stride]: per block, log2 units; 0 for a block without cells
     int64_t slack_stride;
     double * lower;  // in/out [n_query] += lower bound on the sum of the exact weights
-    double * below;  // in/out [n_query][kCandidates] += sum of the sampled upper weights under each candidate
+    double * below;  // in/out [n_query][kCandidates] += sum of the sampled upper weights under each candidate; or null
 
     [[gnu::always_inline]] uint64_t cells_of(int head, int block) const { return cells[head * cells_stride + block]; }
 };

@@ -236,7 +236,7 @@ void scan(const ScanArgs & a) {
                 sum += weight[i];
             }
             a.lower[h] += sum * lower_factor(slack);
-            for (int i = sampled_cell(b); i < sampled_cell(b) + kBlockCells / kSampleStep; ++i) {
+            for (int i = sampled_cell(b); a.below != nullptr && i < sampled_cell(b) + kBlockCells / kSampleStep; ++i) {
                 for (int j = 0; j < kCandidates; ++j) {
                     a.below[h * kCandidates + j] += weight[i] < a.candidate[j] ? weight[i] : 0.0f;
                 }
