@@ -5,8 +5,8 @@
 
 Keys and queries of a model, float32; heads are joined to --dim channels, layers follow each other until there
 are --keys of them. For each query tau is the score that --share of the keys reach. All contenders answer each
-query in one run: "in a row" each of them --repeat times, the median counts, as a benchmark of one function has
-it; "cold" each once, after another 160 MB were read. A ratio is the median over the queries of the other's time
+query in one run: "in a row" each of them --repeat times after a third as many to warm up, the median counts, as a
+benchmark of one function has it; "cold" each once, after another 160 MB were read and all threads fell asleep. A ratio is the median over the queries of the other's time
 by ours, with the 10th and the 90th percentile. faiss-cpu (IndexFlatIP.range_search) takes part where it is
 installed. Every answer of ours is compared with NumPy's in float64.
 """
@@ -31,6 +31,9 @@ from louver_llama.machine import this_machine
 Array = npt.NDArray[np.float32]
 Search = Callable[[Array, float], Any]
 
+# Seconds after which the threads of OpenBLAS and OpenMP, which spin for a while when their work is done, are asleep.
+SETTLE = 0.06
+
 
 def main() -> None:
     """Run the benchmark that the command line asks for."""
@@ -43,8 +46,8 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=0.01, help="of the keys that reach tau (default: 0.01)"
     )
-    parser.add_argument("-r", "--rounds", type=int, default=30, metavar="N", help="queries")
-    parser.add_argument("--repeat", type=int, default=15, metavar="N", help="of each search in a row")
+    parser.add_argument("-r", "--rounds", type=int, default=20, metavar="N", help="queries")
+    parser.add_argument("--repeat", type=int, default=45, metavar="N", help="of each search in a row")
     options = parser.parse_args()
     try:
         keys, queries = library_keys(options.capture, options.keys, options.dim)
@@ -78,10 +81,12 @@ def searches(keys: Array, queries: Array, options: argparse.Namespace) -> None:
         tau = float(np.quantile(scores, 1 - options.share))
         n_scored += checked(index, q, tau, scores)
         for name, search in contenders.items():
-            repeated = [timed(search, q, tau) for _ in range(options.repeat)]
-            in_a_row[name].append(float(np.median(repeated)))
+            time.sleep(SETTLE)
+            repeated = [timed(search, q, tau) for _ in range(options.repeat * 4 // 3)]
+            in_a_row[name].append(float(np.median(repeated[-options.repeat :])))
         for name, search in contenders.items():
             other.sum()
+            time.sleep(SETTLE)
             cold[name].append(timed(search, q, tau))
     share = n_scored / options.rounds / len(keys)
     print(f"| keys scored for the top {options.share:.0%} | {share:.2%} | | |")
