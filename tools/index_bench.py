@@ -6,9 +6,10 @@
 Keys and queries of a model, float32; heads are joined to --dim channels, layers follow each other until there
 are --keys of them. For each query tau is the score that --share of the keys reach. All contenders answer each
 query in one run: "in a row" each of them --repeat times after a third as many to warm up, the median counts, as a
-benchmark of one function has it; "cold" each once, after another 160 MB were read and all threads fell asleep. A ratio is the median over the queries of the other's time
-by ours, with the 10th and the 90th percentile. faiss-cpu (IndexFlatIP.range_search) takes part where it is
-installed. Every answer of ours is compared with NumPy's in float64.
+benchmark of one function has it; "cold" each once, after another 160 MB were read and all threads fell asleep. A
+ratio is the median over the queries of the other's time by ours, with the 10th and the 90th percentile. faiss-cpu
+(IndexFlatIP.range_search) takes part where it is installed. Every answer of ours is compared with NumPy's in
+float64.
 """
 
 from __future__ import annotations

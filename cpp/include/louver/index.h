@@ -166,7 +166,7 @@ class Index {
     struct State;
 
   private:
-    void sample(const Oracle & oracle) const;
+    std::vector<int64_t> sample(const Oracle & oracle) const;
     std::unique_ptr<State> state_;
 };
 

@@ -208,7 +208,7 @@ void require(bool holds, const std::string & message) {
 }  // namespace
 
 Attention attend_keys(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Oracle & oracle,
-                      double scale, bool compensate) {
+                      std::span<const int64_t> sample, double scale, bool compensate) {
     require(values.type == DType::f32 || values.type == DType::f16 || values.type == DType::bf16,
             "type of values: accepted are f32, f16, bf16");
     require(values.n_head_kv == state.store.n_head_kv(), "n_head_kv of values is " + std::to_string(values.n_head_kv) +
@@ -219,7 +219,7 @@ Attention attend_keys(const Index::State & state, const QuerySet & queries, cons
                                                 std::to_string(state.store.size()) + " positions");
     require(values.dim >= 1 && values.dim <= kMaxDim,
             "dim of values is " + std::to_string(values.dim) + ", accepted is 1 to 1024");
-    const Selected selected = select_keys(state, queries, oracle, scale);
+    const Selected selected = select_keys(state, queries, oracle, sample, scale);
     return Attend(state, queries, values, selected, compensate).run();
 }
 

@@ -19,6 +19,9 @@ namespace {
 
 constexpr int64_t kMostPositions = std::numeric_limits<int32_t>::max();
 
+// Every change is told to all of them; a caller that asks with ever new seeds shall not slow that down.
+constexpr size_t kMostReservoirs = 64;
+
 // Keys that one thread copies at a time.
 constexpr int64_t kCopyKeys = 4096;
 
@@ -240,21 +243,28 @@ Matches Index::search(std::span<const float> queries, std::span<const double> ta
     return search_keys(*state_, QuerySet(*state_, queries), tau, options);
 }
 
-void Index::sample(const Oracle & oracle) const {
+// The positions that the oracle samples, none if it does not.
+std::vector<int64_t> Index::sample(const Oracle & oracle) const {
+    if (!samples(oracle.kind)) {
+        return {};
+    }
+    auto & reservoirs = state_->reservoirs;
     const std::unique_lock lock(state_->mutex);
-    const auto [at, is_new] = state_->reservoirs.try_emplace({oracle.n_samples, oracle.seed}, oracle.n_samples, oracle.seed);
+    if (reservoirs.size() >= kMostReservoirs && !reservoirs.contains({oracle.n_samples, oracle.seed})) {
+        reservoirs.clear();
+    }
+    const auto [at, is_new] = reservoirs.try_emplace({oracle.n_samples, oracle.seed}, oracle.n_samples, oracle.seed);
     if (is_new || (at->second.positions().empty() && state_->n_live > 0)) {
         at->second.restart(state_->live, state_->store.size());
     }
+    return {at->second.positions().begin(), at->second.positions().end()};
 }
 
 Selection Index::select(std::span<const float> queries, const Oracle & oracle, double scale) const {
     require_choice(oracle, scale);
-    if (samples(oracle.kind)) {
-        sample(oracle);
-    }
+    const std::vector<int64_t> sample = this->sample(oracle);
     const std::shared_lock lock(state_->mutex);
-    Selected selected = select_keys(*state_, QuerySet(*state_, queries), oracle, scale);
+    Selected selected = select_keys(*state_, QuerySet(*state_, queries), oracle, sample, scale);
     Selection selection;
     selection.matches.offsets.push_back(0);
     for (const Scored & keys : selected.keys) {
@@ -274,11 +284,9 @@ Selection Index::select(std::span<const float> queries, const Oracle & oracle, d
 Attention Index::attend(std::span<const float> queries, const StridedKeys & values, const Oracle & oracle, double scale,
                         bool compensate) const {
     require_choice(oracle, scale);
-    if (samples(oracle.kind)) {
-        sample(oracle);
-    }
+    const std::vector<int64_t> sample = this->sample(oracle);
     const std::shared_lock lock(state_->mutex);
-    return attend_keys(*state_, QuerySet(*state_, queries), values, oracle, scale, compensate);
+    return attend_keys(*state_, QuerySet(*state_, queries), values, oracle, sample, scale, compensate);
 }
 
 std::vector<float> Index::key(int64_t position) const {

@@ -195,8 +195,9 @@ class Weights {
 
 class Selector {
   public:
-    Selector(const Index::State & state, const QuerySet & queries, const Oracle & oracle, double scale)
-        : s_(state), queries_(queries), oracle_(oracle) {
+    Selector(const Index::State & state, const QuerySet & queries, const Oracle & oracle, std::span<const int64_t> sample,
+             double scale)
+        : s_(state), queries_(queries), oracle_(oracle), sample_(sample) {
         const size_t n = static_cast<size_t>(queries.n());
         out_.to_log2 = scale * kLog2E;
         out_.reference.resize(n);
@@ -248,8 +249,7 @@ class Selector {
             return kth_largest();
         }
         if (samples(oracle_.kind)) {
-            const auto positions = s_.reservoirs.at({oracle_.n_samples, oracle_.seed}).positions();
-            const std::vector<int32_t> cells(positions.begin(), positions.end());
+            const std::vector<int32_t> cells(sample_.begin(), sample_.end());
             std::vector<double> scores(cells.size());
             std::vector<double> magnitudes(cells.size());
             for (int query = 0; query < queries_.n(); ++query) {
@@ -425,16 +425,18 @@ class Selector {
     const Index::State & s_;
     const QuerySet & queries_;
     Oracle oracle_;
+    std::span<const int64_t> sample_;
     Selected out_;
 };
 
 }  // namespace
 
-Selected select_keys(const Index::State & state, const QuerySet & queries, const Oracle & oracle, double scale) {
+Selected select_keys(const Index::State & state, const QuerySet & queries, const Oracle & oracle, std::span<const int64_t> sample,
+                     double scale) {
     if (state.n_live == 0) {
         throw std::invalid_argument("the index is empty: there is no key to select from, accepted is an index with live keys");
     }
-    return Selector(state, queries, oracle, scale).run();
+    return Selector(state, queries, oracle, sample, scale).run();
 }
 
 }  // namespace louver

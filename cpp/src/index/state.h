@@ -80,9 +80,11 @@ Matches search_keys(const Index::State & state, const QuerySet & queries, std::s
                     const SearchOptions & options);
 // The matches of each query, with what their scores may be off.
 std::vector<Scored> score_matches(const Index::State & state, const QuerySet & queries, std::span<const double> tau);
-Selected select_keys(const Index::State & state, const QuerySet & queries, const Oracle & oracle, double scale);
+// sample: positions for an oracle that wants some.
+Selected select_keys(const Index::State & state, const QuerySet & queries, const Oracle & oracle, std::span<const int64_t> sample,
+                     double scale);
 
 Attention attend_keys(const Index::State & state, const QuerySet & queries, const StridedKeys & values, const Oracle & oracle,
-                      double scale, bool compensate);
+                      std::span<const int64_t> sample, double scale, bool compensate);
 
 }  // namespace louver
