@@ -1,6 +1,7 @@
 // The input is a program over louver::Index; every answer is held against the judge.
 #include <unistd.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -30,7 +31,7 @@ class Run {
     }
 
     void steps() {
-        append();
+        in_.byte() % 4 == 0 ? borrow() : append();
         for (int i = 0; i < 16; ++i) {
             switch (in_.byte() % 10) {
                 case 0: append(); break;
@@ -91,8 +92,24 @@ class Run {
         constexpr int kCounts[] = {0, 1, 2, 63, 64, 65, 127, 200, 256, 300, 513, 600};
         const int n = std::min(kCounts[in_.byte() % 12], 1500 - model_.n());
         const Stored s = make(std::max(n, 0));
+        fuzz::expect(index_->append(s.view) == model_.n(), "append returned another position");
+        add_to_model(s);
+    }
+
+    // The first keys, in memory that the index only copies when it changes.
+    void borrow() {
+        auto s = std::make_shared<const Stored>(make(1 + in_.below(300)));
+        if (s->view.element_stride != static_cast<int64_t>(row_bytes(type_, 1))) {
+            fuzz::expect(index_->append(s->view) == 0, "append returned another position");
+        } else {
+            index_.emplace(Index::borrow(options_, s->view, s));
+            fuzz::expect(index_->is_borrowed(), "borrowed keys were copied");
+        }
+        add_to_model(*s);
+    }
+
+    void add_to_model(const Stored & s) {
         const int first = model_.n();
-        fuzz::expect(index_->append(s.view) == first, "append returned another position");
         for (int h = 0; h < model_.n_head_kv; ++h) {
             auto & keys = model_.keys[static_cast<size_t>(h)];
             keys.resize(static_cast<size_t>(first + s.view.n) * static_cast<size_t>(model_.dim));
@@ -162,8 +179,29 @@ class Run {
             return std::ldexp(in_.byte() - 128.0, in_.byte() - 128);
         }
         const int i = in_.below(65536) % model_.n();
-        const double at = model_.finite(head, i) ? fuzz::score(query, model_.key(head, i), model_.dim).value : 0.0;
+        const double at =
+            model_.finite(head, i) ? static_cast<double>(fuzz::score(query, model_.key(head, i), model_.dim).value) : 0.0;
         return choice == 4 ? std::nextafter(at, HUGE_VAL) : choice == 5 ? std::nextafter(at, -HUGE_VAL) : at;
+    }
+
+    // Mostly none; else what a key scores in the subspace, or a number of that size. i: of [n_query][n_subspaces].
+    double subspace_threshold(const std::vector<float> & queries, int i, int n_query) {
+        const int choice = in_.byte() % 8;
+        if (choice > 2 || model_.n() == 0) {
+            return -HUGE_VAL;
+        }
+        const int n_subspaces = options_.ball.n_subspaces;
+        const int query = i / n_subspaces;
+        const int begin = i % n_subspaces * model_.dim / n_subspaces;
+        const int width = (i % n_subspaces + 1) * model_.dim / n_subspaces - begin;
+        const int head = query / (n_query / model_.n_head_kv);
+        const int position = in_.below(65536) % model_.n();
+        if (choice == 2 || !model_.finite(head, position)) {
+            return std::ldexp(in_.byte() - 128.0, -4);
+        }
+        const float * q = queries.data() + static_cast<size_t>(query) * static_cast<size_t>(model_.dim) + begin;
+        const double at = static_cast<double>(fuzz::score(q, model_.key(head, position) + begin, width).value);
+        return choice == 1 ? std::nextafter(at, HUGE_VAL) : at;
     }
 
     void search() {
@@ -181,8 +219,8 @@ class Run {
         }
         if (options.method == SearchMethod::filter) {
             subspace_tau.resize(n * static_cast<size_t>(options_.ball.n_subspaces));
-            for (double & t : subspace_tau) {
-                t = in_.byte() % 4 == 0 ? std::ldexp(in_.byte() - 128.0, -4) : -HUGE_VAL;
+            for (size_t i = 0; i < subspace_tau.size(); ++i) {
+                subspace_tau[i] = subspace_threshold(q, static_cast<int>(i), static_cast<int>(n));
             }
             options.subspace_tau = subspace_tau;
         }
@@ -206,6 +244,23 @@ class Run {
         constexpr double kScale[] = {0.125, 1.0, 1e-3, 30.0};
         const double scale = kScale[in_.byte() % 4];
         fuzz::judge_selection(model_, q, index_->select(q, oracle, scale), scale, oracle);
+        attend(q, oracle, scale);
+    }
+
+    void attend(const std::vector<float> & q, const Oracle & oracle, double scale) {
+        const int dim = 1 + in_.byte() % 5;
+        const int n = model_.n();
+        const std::vector<float> values = fuzz::numbers(in_.byte() % 2 ? 0 : 10, model_.n_head_kv * n, dim, in_.byte(), true);
+        const StridedKeys view{reinterpret_cast<const std::byte *>(values.data()),
+                               DType::f32,
+                               model_.n_head_kv,
+                               n,
+                               dim,
+                               int64_t{4} * n * dim,
+                               int64_t{4} * dim,
+                               4};
+        const bool compensate = in_.byte() % 2 != 0;
+        fuzz::judge_attention(model_, q, values, dim, index_->attend(q, view, oracle, scale, compensate), scale);
     }
 
     fuzz::Choices in_;

@@ -100,7 +100,9 @@ void search(const Index & index, uint8_t seed) {
     for (size_t h = 0; h < tau.size() && model.n() > 0; ++h) {
         const int i = seed % model.n();
         const float * q = query.data() + h * static_cast<size_t>(model.dim);
-        tau[h] = model.finite(static_cast<int>(h), i) ? fuzz::score(q, model.key(static_cast<int>(h), i), model.dim).value : 0.0;
+        tau[h] = model.finite(static_cast<int>(h), i)
+                     ? static_cast<double>(fuzz::score(q, model.key(static_cast<int>(h), i), model.dim).value)
+                     : 0.0;
     }
     fuzz::judge_search(model, query, tau, index.search(query, tau));
 }

@@ -53,28 +53,32 @@ struct Model {
     }
 };
 
+// In 80-bit arithmetic: the products are exact, the sums within dim * 2^-64 of their terms' magnitudes.
 struct Score {
-    double value;
-    double magnitude;
+    long double value;
+    long double magnitude;
 };
 
 FUZZ_UNTRACED inline Score score(const float * query, const float * key, int dim) {
     Score s{0, 0};
     for (int c = 0; c < dim; ++c) {
-        const double term = static_cast<double>(query[c]) * key[c];
+        const long double term = static_cast<double>(query[c]) * key[c];
         s.value += term;
         s.magnitude += std::fabs(term);
     }
     return s;
 }
 
-// Whether query . key >= tau: by float64 where that is clear, else exactly.
+// What index.h allows a score to be off, and the judge's own error.
+inline long double score_error(const Score & s, int dim) { return s.magnitude * (dim * 0x1p-53L + dim * 0x1p-63L); }
+
+// Whether query . key >= tau: by the score where that is clear, else exactly.
 FUZZ_UNTRACED inline bool reaches(const float * query, const float * key, int dim, double tau) {
     if (std::isinf(tau)) {
         return tau < 0;
     }
     const Score s = score(query, key, dim);
-    if (std::fabs(s.value - tau) > s.magnitude * 1e-12) {
+    if (std::fabs(s.value - tau) > s.magnitude * (dim * 0x1p-62L)) {
         return s.value > tau;
     }
     return exact_compare(query, key, dim, tau) >= 0;
@@ -136,7 +140,7 @@ FUZZ_UNTRACED inline void judge_search(const Model & model, std::span<const floa
             const double given = matches.scores[at++];
             const Score s = score(query, key, model.dim);
             if (model.finite(head, i)) {
-                expect(std::fabs(given - s.value) <= s.magnitude * 1e-12, "a score is wrong");
+                expect(std::fabs(given - s.value) <= score_error(s, model.dim), "a score is wrong");
                 expect(given >= tau[q], "a score is on the wrong side of tau");
             } else {
                 expect(!std::isfinite(given), "the score of a key that is not finite is finite");
@@ -157,10 +161,9 @@ FUZZ_UNTRACED inline void judge_selection(const Model & model, std::span<const f
         const int head = static_cast<int>(q) / per_head;
         const std::vector<bool> got = found(selection.matches, q, model);
         expect(!std::isnan(c.tau) && c.delta >= 0 && c.delta <= 1, "tau or delta is out of range");
-        expect(oracle.kind != louver::OracleKind::mass || c.delta <= std::max(oracle.epsilon, 0.0) * (1 + 1e-6),
-               "delta exceeds epsilon");
-        double most = -HUGE_VAL;
-        double magnitude = 0;
+        expect(oracle.kind != louver::OracleKind::mass || c.delta <= oracle.epsilon, "delta exceeds epsilon");
+        long double most = -HUGE_VALL;
+        long double magnitude = 0;
         bool all_finite = true;
         for (int i = 0; i < model.n(); ++i) {
             if (model.live[static_cast<size_t>(i)]) {
@@ -174,25 +177,78 @@ FUZZ_UNTRACED inline void judge_selection(const Model & model, std::span<const f
                 all_finite = all_finite && finite;
             }
         }
-        if (!all_finite || magnitude * scale > 1e6) {
-            continue;  // no mass to speak of, or not in float64
+        const long double off = 4 * magnitude * scale * model.dim * 0x1p-64L;  // of an exponent
+        if (!all_finite || off > 1e-3L) {
+            continue;  // no mass to speak of, or not in these numbers
         }
         double dropped = 0;
         double total = 0;
         int n_selected = 0;
         for (int i = 0; i < model.n(); ++i) {
             if (model.live[static_cast<size_t>(i)]) {
-                const double weight = std::exp((score(query, model.key(head, i), model.dim).value - most) * scale);
+                const double weight =
+                    std::exp(static_cast<double>((score(query, model.key(head, i), model.dim).value - most) * scale));
                 total += weight;
                 dropped += got[static_cast<size_t>(i)] ? 0 : weight;
                 n_selected += got[static_cast<size_t>(i)];
             }
         }
-        expect(dropped <= c.delta * total * (1 + 1e-7), "more mass was dropped than delta says");
+        expect(dropped <= c.delta * total * (1 + 1e-9L + off), "more mass was dropped than delta says");
         expect(n_selected == c.n_selected, "n_selected is wrong");
         const int64_t n_live = std::count(model.live.begin(), model.live.end(), true);
         expect(oracle.kind != louver::OracleKind::top_k || c.n_selected >= std::min(oracle.k, n_live),
                "fewer than k were selected");
+    }
+}
+
+// The output is as near to dense attention's as error_bound says, up to the rounding to float32.
+FUZZ_UNTRACED inline void judge_attention(const Model & model, std::span<const float> queries, std::span<const float> values,
+                                          int value_dim, const louver::Attention & attention, double scale) {
+    const size_t n_query = attention.certificates.size();
+    const int per_head = static_cast<int>(n_query) / model.n_head_kv;
+    for (size_t q = 0; q < n_query; ++q) {
+        const float * query = queries.data() + q * static_cast<size_t>(model.dim);
+        const int head = static_cast<int>(q) / per_head;
+        const float * of_head = values.data() + static_cast<size_t>(head * model.n() * value_dim);
+        std::vector<double> sum(static_cast<size_t>(value_dim));
+        double most = -HUGE_VAL;
+        double magnitude = 0;
+        bool all_finite = true;
+        for (int i = 0; i < model.n(); ++i) {
+            if (model.live[static_cast<size_t>(i)]) {
+                all_finite = all_finite && model.finite(head, i);
+                const Score s = score(query, model.key(head, i), model.dim);
+                most = std::max(most, static_cast<double>(s.value));
+                magnitude = std::max(magnitude, static_cast<double>(s.magnitude));
+            }
+        }
+        if (!all_finite || magnitude * scale > 1e6) {
+            continue;
+        }
+        double mass = 0;
+        double longest = 0;
+        for (int i = 0; i < model.n(); ++i) {
+            if (!model.live[static_cast<size_t>(i)]) {
+                continue;
+            }
+            const double weight =
+                std::exp((static_cast<double>(score(query, model.key(head, i), model.dim).value) - most) * scale);
+            mass += weight;
+            for (int c = 0; c < value_dim; ++c) {
+                const double value = of_head[i * value_dim + c];
+                sum[static_cast<size_t>(c)] += weight * value;
+                longest = std::max(longest, std::fabs(value));
+            }
+        }
+        double squared = 0;
+        for (int c = 0; c < value_dim; ++c) {
+            const double given = attention.output[q * static_cast<size_t>(value_dim) + static_cast<size_t>(c)];
+            const double off = given - sum[static_cast<size_t>(c)] / mass;
+            squared += off * off;
+        }
+        expect(std::sqrt(squared) <= attention.error_bound[q] + 1e-6 * longest,
+               "the output is farther from dense than error_bound");
+        expect(attention.dense[q] == 0, "dense attention ran for finite keys");
     }
 }
 

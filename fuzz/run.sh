@@ -22,7 +22,7 @@ mkdir -p .cache "$corpus"
 
 echo "==> negative control: without slack, at most 60 s"
 start=$SECONDS
-if timeout 90 $build/fuzz_index_zero_slack -max_total_time=60 -seed=1 -artifact_prefix="$corpus/zero-slack-" >.cache/fuzz-control.log 2>&1; then
+if timeout -k 5 90 $build/fuzz_index_zero_slack -max_total_time=60 -seed=1 -artifact_prefix="$corpus/zero-slack-" >.cache/fuzz-control.log 2>&1; then
   echo "a build without slack was not caught: the check cannot fail" >&2
   exit 1
 fi
@@ -39,8 +39,8 @@ each=$((seconds * 2 / ${#jobs[@]}))
 
 run() {
   local target=$1 isa=$2 log=.cache/$1-$2.log
-  mkdir -p "$corpus/$target"
-  LOUVER_ISA=$isa $build/"$target" "$corpus/$target" -max_total_time="$each" -max_len=512 -len_control=0 -timeout=60 -rss_limit_mb=4096 \
+  mkdir -p "$corpus/$target-$isa"  # each its own: a run that begins with another's finds only replays that
+  LOUVER_ISA=$isa $build/"$target" "$corpus/$target-$isa" -max_total_time="$each" -max_len=512 -len_control=0 -timeout=60 -rss_limit_mb=4096 \
     -print_final_stats=1 -artifact_prefix="$corpus/$target-$isa-" >"$log" 2>&1
 }
 export -f run

@@ -185,7 +185,9 @@ def test_dots_f64(rng: np.random.Generator, isa: str, dtype: str, dim: int) -> N
 def test_dots_f64_do_not_overflow_or_vanish(isa: str, dtype: str) -> None:
     large = {"f32": 3e38, "f16": 6e4, "bf16": 3e38}[dtype]
     small = {"f32": 1e-45, "f16": 6e-8, "bf16": 1e-40}[dtype]
-    rows = Stored.of(np.array([[large] * 5, [small] * 5, [np.nan] * 5, [np.inf] * 5], np.float32)[:, None], dtype)
+    rows = Stored.of(
+        np.array([[large] * 5, [small] * 5, [np.nan] * 5, [np.inf] * 5], np.float32)[:, None], dtype
+    )
     key = rows.decoded()[:2, 0, 0].astype(np.float64)
     for query in (np.float32(3e38), np.float32(1e-45)):
         score, magnitude = core.dots_f64(isa, np.full(5, query), rows.cache)

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <iomanip>
 #include <limits>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,6 +18,12 @@ void require(bool holds, const std::string & message) {
     if (!holds) {
         throw std::invalid_argument(message);
     }
+}
+
+std::string text(double x) {
+    std::ostringstream out;
+    out << std::setprecision(17) << x;
+    return out.str();
 }
 
 double kth_largest(std::span<double> scores, int64_t k) {
@@ -50,9 +58,9 @@ void validate(const Oracle & oracle) {
     const auto is = [&](OracleKind kind) { return oracle.kind == kind; };
     require(!is(OracleKind::fixed) || !std::isnan(oracle.tau), "tau is NaN, accepted is a number or an infinity");
     require(!is(OracleKind::mass) || (oracle.epsilon >= 0 && oracle.epsilon < 1),
-            "epsilon is " + std::to_string(oracle.epsilon) + ", accepted is a number in [0, 1)");
+            "epsilon is " + text(oracle.epsilon) + ", accepted is a number in [0, 1)");
     require(!is(OracleKind::budget) || (oracle.fraction > 0 && oracle.fraction <= 1),
-            "fraction is " + std::to_string(oracle.fraction) + ", accepted is a number in (0, 1]");
+            "fraction is " + text(oracle.fraction) + ", accepted is a number in (0, 1]");
     require((!is(OracleKind::top_k) && !is(OracleKind::sample_top_k)) || oracle.k >= 1,
             "k is " + std::to_string(oracle.k) + ", accepted is 1 or more");
     require(!samples(oracle.kind) || oracle.n_samples >= 1,

@@ -1,4 +1,5 @@
-// Thresholds from the scores of a sample. The paper's oracles (arXiv 2605.06763).
+// Thresholds from the scores of a sample: the paper's oracles (arXiv 2605.06763), with the definitions of its code, for which
+// louver/oracle.h has a line each. Its sample-top-p, a share of the sample's softmax mass, is the mass oracle's business here.
 #pragma once
 
 #include <span>
