@@ -6,6 +6,13 @@
 
 #include "kernels/kernels.h"
 
+// The GPU's scan has the same slack.
+#ifdef __CUDACC__
+#define LOUVER_ANYWHERE __host__ __device__
+#else
+#define LOUVER_ANYWHERE
+#endif
+
 namespace louver {
 
 // Half an ulp of 1 in float32: the relative error of one rounded operation.
@@ -50,7 +57,7 @@ struct HeadBound {
 };
 
 // largest: max |q_c * step_c| over the channels and blocks; query_norm: |q|, rounded up.
-static inline HeadBound head_bound(float largest, float query_norm, int dim, float to_log2, float reference, bool certified) {
+LOUVER_ANYWHERE static inline HeadBound head_bound(float largest, float query_norm, int dim, float to_log2, float reference, bool certified) {
     const float d = static_cast<float>(dim);
     const bool tiny = largest < kTinyScaledQuery;
     HeadBound bound;
@@ -77,7 +84,7 @@ static inline HeadBound head_bound(float largest, float query_norm, int dim, flo
     return bound;
 }
 
-static inline float block_slack(const HeadBound & head, const BlockBounds & block) {
+LOUVER_ANYWHERE static inline float block_slack(const HeadBound & head, const BlockBounds & block) {
     return head.residual * block.residual_norm + head.code * block.code_norm + head.center * block.center_norm + head.constant;
 }
 

@@ -1,0 +1,72 @@
+// Steps of the certificate that several kernels share; cpp/src/attention/certificate.cpp has them for the CPU.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/problem.h"
+#include "cuda/warp.cuh"
+#include "kernels/bounds.h"
+
+namespace louver::cuda {
+
+// The weight at the upper edge of a bin, relative to the reference.
+__device__ __forceinline__ float upper_edge(int bin) {
+    return exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave)) * (1.0f + 0x1p-20f);
+}
+
+// What a cell of a bin weighs on average, as part of the edge: the mean of 2^(-f / 8) over f in [0, 1].
+inline constexpr float kMeanOfBin = 0.9576f;
+
+// Every dropped cell's q.k is below this: its place lay under the threshold's bin.
+__device__ inline float tau_of(int threshold, float reference, float to_log2) {
+    if (threshold <= 0) {
+        return -infinity();
+    }
+    const double log2_weight = static_cast<double>(threshold - kReferenceBin) / kBinsPerOctave + 4 * kWeightError;
+    const double raw = (log2_weight + static_cast<double>(reference) + fabs(static_cast<double>(reference)) * 0x1p-20) /
+                       static_cast<double>(to_log2);
+    return nextafterf(static_cast<float>(raw), infinity());
+}
+
+// How far a float32 dot product is from the exact one at most, in log2 units.
+__device__ inline double score_error(float query_norm, float key_norm, int dim, float to_log2) {
+    return (2.0 * dim + 16.0) * static_cast<double>(kUnit) * query_norm * key_norm * to_log2;
+}
+
+// Survivors before a group, of it, and of all, by a whole thread block; a barrier is in it.
+struct Survivors {
+    int64_t begin;
+    int64_t end;
+    int64_t all;
+};
+
+__device__ inline Survivors survivors_of(const Problem & p, int group, int64_t (&shared)[3]) {
+    if (threadIdx.x < 3) {
+        shared[threadIdx.x] = 0;
+    }
+    __syncthreads();
+    int before = 0;
+    int own = 0;
+    int all = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < p.n_group * p.n_select; i += static_cast<int>(blockDim.x)) {
+        const int n = p.n_survivors[i];
+        before += i < group * p.n_select ? n : 0;
+        own += i / p.n_select == group ? n : 0;
+        all += n;
+    }
+    before = __reduce_add_sync(~0u, before);
+    own = __reduce_add_sync(~0u, own);
+    all = __reduce_add_sync(~0u, all);
+    if (threadIdx.x % 32 == 0) {
+        atomicAdd(reinterpret_cast<unsigned long long *>(&shared[0]), static_cast<unsigned long long>(before));
+        atomicAdd(reinterpret_cast<unsigned long long *>(&shared[1]), static_cast<unsigned long long>(own));
+        atomicAdd(reinterpret_cast<unsigned long long *>(&shared[2]), static_cast<unsigned long long>(all));
+    }
+    __syncthreads();
+    return {shared[0], shared[0] + shared[1], shared[2]};
+}
+
+// Where the share of a worker out of n begins.
+__device__ __forceinline__ int64_t share_begin(int64_t all, int64_t worker, int64_t n) { return all * worker / n; }
+
+}  // namespace louver::cuda

@@ -1,0 +1,187 @@
+// One attention op as the kernels see it. Passed by value: what changes from step to step is behind the pointers, at fixed addresses,
+// so that a captured CUDA graph stays valid.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/planes.h"
+#include "louver/decode.h"
+
+namespace louver::cuda {
+
+// The most query heads that share a scan; larger groups are cut into parts of equal size.
+inline constexpr int kMaxShared = 8;
+
+// The scan sorts every upper bound into bins of an eighth of a log2 unit. Bin b of a query holds the cells whose weight
+// 2^(score - reference) is below 2^((b + 1 - kReferenceBin) / 8); the last one has no upper edge and is never dropped.
+inline constexpr int kBins = 256;
+inline constexpr int kBinsPerOctave = 8;
+inline constexpr int kReferenceBin = 208;
+
+inline constexpr int kAttendAll = -1;
+
+inline constexpr int kProbesFirst = 4;
+inline constexpr int kProbesLast = 12;
+inline constexpr int kProbes = kProbesFirst + kProbesLast;
+
+// What a query token sees, worked out once for all layers that share the mask.
+struct Sight {
+    int32_t n_visible = 0;
+    int32_t sinks_end = 0;     // visible cells before this one are sinks,
+    int32_t recent_begin = 0;  // and from this one on recent: both are always attended
+    int32_t plain = 1;         // 0: the mask holds something other than 0 and -infinity, which is added to the scores
+    int32_t n_probes = 0;
+    int32_t probes[kProbes] = {};
+};
+
+// A mask of float16 [n_stream][n_token][n_kv], strides in bytes; null: everything is visible.
+struct Mask {
+    const std::byte * data = nullptr;
+    int64_t token_stride = 0;
+    int64_t stream_stride = 0;
+};
+
+// Counts over all steps since they were reset, of one cache.
+struct Totals {
+    unsigned long long queries;  // (token, query head)
+    unsigned long long tokens;
+    unsigned long long uniform;
+    unsigned long long visible;
+    unsigned long long scanned;
+    unsigned long long attended;
+    unsigned long long group_scanned;   // counted once for the heads that share a scan,
+    unsigned long long group_attended;  // a gather
+    unsigned long long group_visible;
+    unsigned long long not_finite;  // queries that were attended in full because of a number that is not finite or too large
+    unsigned long long not_plain;   // or because of the mask
+    double delta_sum;
+    double delta_max;
+    double error_bound_max;
+    unsigned long long blocks_built;
+    unsigned long long cells_encoded;
+    unsigned long long pairs;  // the next four as in CheckCounts
+    unsigned long long misses;
+    unsigned long long bound_violations;
+    unsigned long long mass_violations;
+};
+
+// What a thread block found of a group's query: unnormalised output and mass relative to 2^peak.
+struct PartialHead {
+    float peak;
+    float kept;
+};
+
+struct Problem {
+    // Shape. A group is the query heads of one token that share a KV head, kMaxShared at most; its queries are numbered
+    // group * n_shared + i, some of which may not exist in the last part of a KV head.
+    int n_token;
+    int n_stream;
+    int first_stream;
+    int n_head;
+    int n_head_kv;
+    int n_gqa;
+    int n_part;    // groups to a token's KV head
+    int n_shared;  // queries to a group
+    int n_group;
+    int n_kv;
+    int n_blocks;  // in use
+    int64_t kv_size;
+    float to_log2;
+
+    const std::byte * query;  // float32, strides in bytes
+    int64_t query_token_stride;
+    int64_t query_head_stride;
+    int64_t query_stream_stride;
+    std::byte * output;
+    int64_t output_token_stride;
+    int64_t output_head_stride;
+    int64_t output_stream_stride;
+    Mask mask;
+    Plane keys;
+    Plane values;
+    Planes planes;
+
+    float epsilon;  // 0: everything is attended
+    bool certified;
+    bool compensate;
+    bool check;
+    bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
+
+    // [n_group][n_shared] references in log2 units that the caller sets: then everything from kReferenceBin on is kept, which is
+    // every key whose score reaches the reference. Null: probes are the reference and the mass oracle chooses.
+    const float * given;
+
+    // [n_stream * n_token], and [n_stream * n_token][visible_stride] words.
+    const Sight * sight;
+    const uint64_t * visible;
+    int64_t visible_stride;
+
+    // Scratch. Grids: n_scan thread blocks to a group scan, n_select select; n_attend attend all groups together.
+    int n_scan;
+    int n_select;
+    int n_attend;
+    float * query_norm;       // [n_group][n_shared], rounded up
+    float * reference;        // [n_group][n_shared] log2 units
+    uint32_t * histogram;     // [n_group][n_shared][kBins] cells; zero before and after a step
+    double * lower;           // [n_group][n_scan][n_shared] lower bound on the mass
+    float * key_norm;         // [n_group][n_scan] of the visible keys that are indexed, or finite; rounded up
+    int32_t * scanned;        // [n_group][n_scan]
+    uint8_t * bins;           // [n_group][n_shared][n_blocks][64]
+    float * slack;            // [n_group][n_shared][n_blocks]
+    int32_t * attend_all;     // [n_group] not 0: a number that is not finite was met. Zero before and after a step
+    int32_t * threshold;      // [n_group][n_shared] the first bin that is kept; kAttendAll where nothing was scanned
+    uint64_t * kept;          // [n_group][n_blocks]
+    int32_t * survivors;      // [n_group][n_blocks * 64]: each of n_select parts has the place of its cells
+    int32_t * n_survivors;    // [n_group][n_select]
+    float * dropped;          // [n_group][n_select][n_shared] upper bound on what was dropped, relative to the reference
+    float * compensation;     // [n_group][n_select][n_shared] weight added back
+    float * value_norm;       // [n_group][n_select] of any dropped value
+    float * added;            // [n_group][n_select][n_shared][value_dim] sum of added weight * mean value
+    PartialHead * partial;    // [n_attend + n_group][n_shared]
+    float * part;             // [n_attend + n_group][n_shared][value_dim]
+    double * least;           // [n_group][n_shared] the oracle's lower bound on the mass
+    double * check_sums;      // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
+
+    // Blocks to encode: complete, with visible cells that are not indexed. Found by the scan, built at the end of the step.
+    int32_t * n_pending;  // [2] their number, and how many thread blocks are through with them; zero before and after a step
+    int32_t * pending;    // [slots of the planes]
+    int32_t * queued;     // per cache, [slots of the planes] not 0: it is in the list
+
+    // Per cache.
+    uint8_t * without_scan;        // [n_stream][n_head_kv][n_part] steps without a scan that are left to a uniform head
+    HeadCertificate * certificates;  // [n_stream * n_token][n_head]
+    Totals * totals;
+
+    LOUVER_BOTH int row_of_group(int group) const { return group / (n_head_kv * n_part); }
+    LOUVER_BOTH int kv_head_of(int group) const { return group / n_part % n_head_kv; }
+    LOUVER_BOTH int part_of(int group) const { return group % n_part; }
+    LOUVER_BOTH int stream_of(int group) const { return first_stream + row_of_group(group) / n_token; }
+    LOUVER_BOTH int head_of(int group, int i) const { return kv_head_of(group) * n_gqa + part_of(group) * n_shared + i; }
+    LOUVER_BOTH int n_query_of(int group) const {
+        const int left = n_gqa - part_of(group) * n_shared;
+        return left < n_shared ? left : n_shared;
+    }
+    LOUVER_BOTH int64_t first_row(int group) const { return static_cast<int64_t>(stream_of(group)) * kv_size; }
+    LOUVER_BOTH int64_t slot_of(int group, int block) const {
+        return planes.slot(stream_of(group), kv_head_of(group), block);
+    }
+    LOUVER_BOTH const float * query_of(int group, int i) const {
+        const int row = row_of_group(group);
+        return reinterpret_cast<const float *>(query + row % n_token * query_token_stride + row / n_token * query_stream_stride +
+                                               head_of(group, i) * query_head_stride);
+    }
+    LOUVER_BOTH float * output_of(int group, int i) const {
+        const int row = row_of_group(group);
+        return reinterpret_cast<float *>(output + row % n_token * output_token_stride + row / n_token * output_stream_stride +
+                                         head_of(group, i) * output_head_stride);
+    }
+    LOUVER_BOTH const uint64_t * visible_of(int group) const { return visible + row_of_group(group) * visible_stride; }
+    // Whether the group runs without a scan, all of it attended.
+    LOUVER_BOTH uint8_t * uniform_of(int group) const {
+        return without_scan + (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
+    }
+    // First block of a select thread block's share.
+    LOUVER_BOTH int select_begin(int split) const { return static_cast<int>(static_cast<int64_t>(n_blocks) * split / n_select); }
+};
+
+}  // namespace louver::cuda

@@ -1,0 +1,57 @@
+// What the lanes of a warp do together.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace louver::cuda {
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        x += __shfl_xor_sync(~0u, x, step);
+    }
+    return x;
+}
+
+__device__ __forceinline__ double sum_of_warp(double x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        x += __shfl_xor_sync(~0u, x, step);
+    }
+    return x;
+}
+
+__device__ __forceinline__ float largest_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    }
+    return x;
+}
+
+// Of the lanes before this one.
+template <class T> __device__ __forceinline__ T exclusive_sum(T x) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    T sum = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const T other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) {
+            sum += other;
+        }
+    }
+    return sum - x;
+}
+
+// 2^x, off by less than 2^-21 relatively (PTX ISA, ex2.approx); results below 2^-126 become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+}  // namespace louver::cuda
