@@ -64,10 +64,14 @@ foreach(_off LLAMA_BUILD_COMMON LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_
 endforeach()
 set(GGML_NATIVE ${LOUVER_NATIVE} CACHE BOOL "" FORCE)
 set(GGML_CCACHE OFF CACHE BOOL "" FORCE)
+set(GGML_CUDA ${LOUVER_CUDA} CACHE BOOL "" FORCE)
 
 add_subdirectory("${LOUVER_LLAMA_CPP_DIR}" "${CMAKE_BINARY_DIR}/llama.cpp" EXCLUDE_FROM_ALL)
 
 set(LOUVER_LLAMA_TARGETS llama ggml ggml-base ggml-cpu)
+if(LOUVER_CUDA)
+  list(APPEND LOUVER_LLAMA_TARGETS ggml-cuda)
+endif()
 foreach(_target IN LISTS LOUVER_LLAMA_TARGETS)
   # A wheel holds no symbolic links, so the libraries carry no version in their names.
   set_property(TARGET ${_target} PROPERTY VERSION)

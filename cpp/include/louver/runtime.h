@@ -33,13 +33,26 @@ class LibraryMismatch : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Registers our attention with ggml-cpu, once per process. Throws LibraryMismatch if the libraries found at run time are not the
-// pin's, std::invalid_argument for a bad LOUVER_ISA. Not to be called while a graph is being computed.
+// A GPU that llama.cpp can use.
+struct DeviceInfo {
+    int id = 0;
+    std::string name;
+    std::string capability;  // "9.0"
+    std::string refusal;     // why there are no kernels for it; empty: there are
+};
+// Whether this library was built with CUDA kernels (LOUVER_CUDA), and the devices they could run on.
+LOUVER_API bool has_cuda();
+LOUVER_API std::vector<DeviceInfo> devices();
+
+// Registers our attention with ggml-cpu, and with ggml-cuda where it is built in, once per process. Throws LibraryMismatch if the
+// libraries found at run time are not the pin's, std::invalid_argument for a bad LOUVER_ISA. Not to be called while a graph is
+// being computed.
 LOUVER_API void attach();
 
 struct RuntimeConfig {
     DecodeSettings decode;
-    int64_t min_context = 1024;  // with fewer visible cells, our own dense attention runs
+    int64_t min_context = 1024;       // with fewer visible cells, our own dense attention runs
+    int64_t min_context_gpu = 16384;  // with fewer cells in use, stock runs on a GPU
     bool enabled = true;
     int64_t n_ctx = 0;  // cells per stream of the context's full cache; smaller caches are sliding windows. 0: unknown
 };
@@ -64,6 +77,9 @@ enum class Reason {
     work_buffer,
     not_finite,
     epsilon_zero,
+    head_dim,       // no CUDA kernels for it
+    device,         // its compute capability is below 8.0
+    device_memory,  // the index does not fit
     count,
 };
 LOUVER_API const char * reason_name(Reason reason);
@@ -82,6 +98,7 @@ struct Stats {
     std::array<std::array<int64_t, static_cast<size_t>(Reason::count)>, 3> reasons{};  // by Path
     int64_t n_queries = 0;      // (layer, token, query head) on the louver and dense paths; the next are sums over those
     int64_t heads_uniform = 0;  // of the louver path: attended to all keys without a scan, because that is cheaper
+    int64_t heads_in_full = 0;  // of the louver path on a GPU: attended in full, because a number was not finite or too large
     int64_t keys_visible = 0;
     int64_t keys_scanned = 0;
     int64_t keys_attended = 0;

@@ -1,5 +1,5 @@
-// Exact attention over the survivors of all groups, in even shares: a warp takes a run of the list, one group at a time, with a running
-// peak (online softmax, arXiv 1805.02867). Several lanes share a row, 8 of its channels to each.
+// Exact attention over the survivors of all groups, in even shares: a warp takes a run of the list, one group at a time, with a
+// running peak (online softmax, arXiv 1805.02867). Several lanes share a row, 8 of its channels to each.
 #include "cuda/certify.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
@@ -186,8 +186,8 @@ template <DType type, int width, int n_most> struct Worker {
     }
 };
 
-template <DType type, int width, int n_most>
-__global__ void __launch_bounds__(kWarps * 32, n_most <= 4 ? 2 : 1) attend(const __grid_constant__ Problem p) {
+template <DType type, int width, int n_most> __global__ void __launch_bounds__(kWarps * 32, n_most <= 4 ? 2 : 1)
+    attend(const __grid_constant__ Problem p) {
     extern __shared__ std::byte memory[];
     Shared & s = *reinterpret_cast<Shared *>(memory);
     int * before = reinterpret_cast<int *>(memory + sizeof(Shared));
@@ -224,9 +224,10 @@ __global__ void __launch_bounds__(kWarps * 32, n_most <= 4 ? 2 : 1) attend(const
             continue;  // the same for the whole thread block
         }
         const int row = p.row_of_group(group);
-        const std::byte * mask = p.sight[row].plain != 0 || p.mask.data == nullptr
-                                     ? nullptr
-                                     : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
+        const std::byte * mask =
+            p.sight[row].plain != 0 || p.mask.data == nullptr
+                ? nullptr
+                : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
         const int * parts = before + group * p.n_select;
         worker.begin(group);
         const int64_t stop = min(group_end, end);

@@ -60,8 +60,14 @@ struct CacheIndex::Storage {
     int64_t n_certificates = 0;
 };
 
-CacheIndex::CacheIndex(int device, const Plane & keys, const Plane & values, int n_stream, int n_head_kv, int64_t kv_size, int n_gqa)
-    : device_(device), keys_(keys), values_(values), n_stream_(n_stream), kv_size_(kv_size), storage_(std::make_unique<Storage>()) {
+CacheIndex::CacheIndex(int device, const Plane & keys, const Plane & values, int n_stream, int n_head_kv, int64_t kv_size,
+                       int n_gqa)
+    : device_(device),
+      keys_(keys),
+      values_(values),
+      n_stream_(n_stream),
+      kv_size_(kv_size),
+      storage_(std::make_unique<Storage>()) {
     planes_.key_dim = keys.dim;
     planes_.value_dim = values.dim;
     planes_.n_tiles = tiles_for(keys.dim);
@@ -122,6 +128,10 @@ void CacheIndex::invalidate(int64_t first, int64_t count) {
     check(cudaDeviceSynchronize(), "invalidate");
     launch_invalidate(target_of(*this, 0), first, count, cudaStreamPerThread);
     check(cudaStreamSynchronize(cudaStreamPerThread), "invalidate");
+}
+
+void write_range(const CacheIndex & index, int64_t first, int64_t count, void * stream) {
+    launch_invalidate(target_of(index, 0), first, count, as_stream(stream));
 }
 
 void write_rows(const std::vector<CacheIndex::Target> & all, const void * rows, bool wide, int n_rows, void * stream) {
@@ -224,8 +234,8 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const int64_t n_group = static_cast<int64_t>(n_row) * index.n_head_kv() * groups.n_part;
     Storage & s = *storage_;
     const int64_t n_slot = index.planes().slot(index.n_stream(), 0, 0);
-    if (n_group * groups.n_shared <= s.n_query && n_group <= s.n_group && n_row <= s.n_row && index.planes().n_blocks <= s.n_blocks &&
-        n_slot <= s.n_slot && index.planes().value_dim <= s.value_dim) {
+    if (n_group * groups.n_shared <= s.n_query && n_group <= s.n_group && n_row <= s.n_row &&
+        index.planes().n_blocks <= s.n_blocks && n_slot <= s.n_slot && index.planes().value_dim <= s.value_dim) {
         return;
     }
     s.n_query = std::max(s.n_query, n_group * groups.n_shared);

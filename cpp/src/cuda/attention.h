@@ -39,7 +39,7 @@ class CacheIndex {
     const Plane & keys() const { return keys_; }
     const Plane & values() const { return values_; }
     const Planes & planes() const { return planes_; }
-    size_t bytes() const;          // of all planes
+    size_t bytes() const;           // of all planes
     size_t bytes_per_cell() const;  // of one KV head
 
     // Encodes cells [0, n_cells) of a stream that are not indexed. Asynchronous on the stream.
@@ -71,6 +71,9 @@ class CacheIndex {
     Planes planes_;
     std::unique_ptr<Storage> storage_;
 };
+
+// Rows [first, first + count) of all streams are about to be written by what is launched on the stream.
+void write_range(const CacheIndex & index, int64_t first, int64_t count, void * stream);
 
 // Rows [n_rows] of int64 (wide) or int32 in device memory are about to be written in each of the caches.
 void write_rows(const std::vector<CacheIndex::Target> & targets, const void * rows, bool wide, int n_rows, void * stream);

@@ -1,5 +1,5 @@
-// The parts of each query together, its certificate and its counts; and, in thread blocks of their own, the blocks that the scan found
-// complete and not indexed: the next step scans them.
+// The parts of each query together, its certificate and its counts; and, in thread blocks of their own, the blocks that the scan
+// found complete and not indexed: the next step scans them.
 #include "cuda/certify.cuh"
 #include "cuda/encode.cuh"
 #include "cuda/launch.h"
@@ -100,7 +100,8 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     for (int block = first + thread; block <= last; block += kThreads) {
         if (reaches(block)) {
             const PartialHead head = p.partial[static_cast<int64_t>(block + group) * p.n_shared + i];
-            kept += static_cast<double>(head.kept) * (head.peak == -infinity() ? 1.0 : static_cast<double>(exp2_fast(head.peak - peak)));
+            kept += static_cast<double>(head.kept) *
+                    (head.peak == -infinity() ? 1.0 : static_cast<double>(exp2_fast(head.peak - peak)));
         }
     }
     if (!all) {
@@ -183,8 +184,8 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     certificate.n_scanned = scanned;
     certificate.n_attended = static_cast<int32_t>(survivors.end - survivors.begin);
     if (!all && dropped > 0) {
-        // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the dropped
-        // cells leave of the oracle's bound.
+        // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
+        // dropped cells leave of the oracle's bound.
         const double scored = kept * unit * exp2(-score_error(p.query_norm[query], key_norm, p.keys.dim, p.to_log2));
         const double left = p.least[query] * (1.0 - kWeightError) - dropped * (1.0 + kWeightError);
         const double least = fmax(scored, left);
@@ -217,7 +218,7 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     }
     // Once for the heads that read together; what other queries of the group still need is not touched.
     if (group % (p.n_head_kv * p.n_part) == 0) {
-        atomicAdd(&totals.tokens, 1ull);
+        atomicAdd(&totals.tokens[p.epsilon > 0 ? 1 : 0], 1ull);
     }
     atomicAdd(&totals.group_visible, static_cast<unsigned long long>(certificate.n_visible));
     atomicAdd(&totals.group_scanned, static_cast<unsigned long long>(scanned));

@@ -16,8 +16,7 @@ template <DType type> __global__ void __launch_bounds__(kEncodeThreads) repair(c
                        p.planes.slot(p.first_stream + stream, head, block), block, wanted, shared, p.totals);
 }
 
-template <DType type>
-__global__ void __launch_bounds__(kEncodeThreads)
+template <DType type> __global__ void __launch_bounds__(kEncodeThreads)
     build(const __grid_constant__ Planes planes, const __grid_constant__ Plane keys, const __grid_constant__ Plane values,
           int64_t first_row, int stream, int64_t n_cells, Totals * totals) {
     __shared__ EncodeShared shared;
@@ -73,8 +72,8 @@ void launch_build(const Planes & planes, const Plane & keys, const Plane & value
     }
     const dim3 grid(static_cast<unsigned>(n_blocks_for(n_cells)), static_cast<unsigned>(planes.n_head_kv));
     with_type(keys.type, [&]<DType type>() {
-        build<type><<<grid, kEncodeThreads, 0, stream>>>(planes, keys, values, stream_of_cache * kv_size, stream_of_cache, n_cells,
-                                                         totals);
+        build<type><<<grid, kEncodeThreads, 0, stream>>>(planes, keys, values, stream_of_cache * kv_size, stream_of_cache,
+                                                         n_cells, totals);
     });
     check(cudaGetLastError(), "launch_build");
 }

@@ -22,9 +22,7 @@ struct EncodeShared {
     double squares[2];
 };
 
-__device__ __forceinline__ float rounded_up(double value) {
-    return static_cast<float>(value * (1.0 + 0x1p-20)) + FLT_MIN;
-}
+__device__ __forceinline__ float rounded_up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20)) + FLT_MIN; }
 
 __device__ __forceinline__ uint16_t bf16_nearest(float value) {
     const uint32_t bits = __float_as_uint(value);
@@ -46,9 +44,9 @@ template <DType type> __device__ __forceinline__ double squared_norm(const std::
 }
 
 // By kEncodeThreads threads together. first_row: of the stream, in the cache.
-template <DType type>
-__device__ void encode_block(const Planes & planes, const Plane & keys, const Plane & values, int64_t first_row, int head,
-                             int64_t slot, int block, uint64_t wanted, EncodeShared & shared, Totals * totals) {
+template <DType type> __device__ void encode_block(const Planes & planes, const Plane & keys, const Plane & values,
+                                                   int64_t first_row, int head, int64_t slot, int block, uint64_t wanted,
+                                                   EncodeShared & shared, Totals * totals) {
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
     const int lane = thread % 32;
@@ -137,8 +135,7 @@ __device__ void encode_block(const Planes & planes, const Plane & keys, const Pl
             const int code = static_cast<int>(level);
             shared.codes[code_position(cell, c, planes.n_tiles)] = static_cast<int8_t>(code);
             code_squared += code * code;
-            const double residual =
-                static_cast<double>(x) - (static_cast<double>(middle) + static_cast<double>(width) * code);
+            const double residual = static_cast<double>(x) - (static_cast<double>(middle) + static_cast<double>(width) * code);
             residual_squared += residual * residual;
             key_squared += static_cast<double>(x) * static_cast<double>(x);
         }

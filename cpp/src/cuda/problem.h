@@ -1,5 +1,5 @@
-// One attention op as the kernels see it. Passed by value: what changes from step to step is behind the pointers, at fixed addresses,
-// so that a captured CUDA graph stays valid.
+// One attention op as the kernels see it. Passed by value: what changes from step to step is behind the pointers, at fixed
+// addresses, so that a captured CUDA graph stays valid.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,8 @@ struct Mask {
 
 // Counts over all steps since they were reset, of one cache.
 struct Totals {
-    unsigned long long queries;  // (token, query head)
-    unsigned long long tokens;
+    unsigned long long queries;    // (token, query head)
+    unsigned long long tokens[2];  // with epsilon 0, and above
     unsigned long long uniform;
     unsigned long long visible;
     unsigned long long scanned;
@@ -120,27 +120,27 @@ struct Problem {
     int n_scan;
     int n_select;
     int n_attend;
-    float * query_norm;       // [n_group][n_shared], rounded up
-    float * reference;        // [n_group][n_shared] log2 units
-    uint32_t * histogram;     // [n_group][n_shared][kBins] cells; zero before and after a step
-    double * lower;           // [n_group][n_scan][n_shared] lower bound on the mass
-    float * key_norm;         // [n_group][n_scan] of the visible keys that are indexed, or finite; rounded up
-    int32_t * scanned;        // [n_group][n_scan]
-    uint8_t * bins;           // [n_group][n_shared][n_blocks][64]
-    float * slack;            // [n_group][n_shared][n_blocks]
-    int32_t * attend_all;     // [n_group] not 0: a number that is not finite was met. Zero before and after a step
-    int32_t * threshold;      // [n_group][n_shared] the first bin that is kept; kAttendAll where nothing was scanned
-    uint64_t * kept;          // [n_group][n_blocks]
-    int32_t * survivors;      // [n_group][n_blocks * 64]: each of n_select parts has the place of its cells
-    int32_t * n_survivors;    // [n_group][n_select]
-    float * dropped;          // [n_group][n_select][n_shared] upper bound on what was dropped, relative to the reference
-    float * compensation;     // [n_group][n_select][n_shared] weight added back
-    float * value_norm;       // [n_group][n_select] of any dropped value
-    float * added;            // [n_group][n_select][n_shared][value_dim] sum of added weight * mean value
-    PartialHead * partial;    // [n_attend + n_group][n_shared]
-    float * part;             // [n_attend + n_group][n_shared][value_dim]
-    double * least;           // [n_group][n_shared] the oracle's lower bound on the mass
-    double * check_sums;      // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
+    float * query_norm;     // [n_group][n_shared], rounded up
+    float * reference;      // [n_group][n_shared] log2 units
+    uint32_t * histogram;   // [n_group][n_shared][kBins] cells; zero before and after a step
+    double * lower;         // [n_group][n_scan][n_shared] lower bound on the mass
+    float * key_norm;       // [n_group][n_scan] of the visible keys that are indexed, or finite; rounded up
+    int32_t * scanned;      // [n_group][n_scan]
+    uint8_t * bins;         // [n_group][n_shared][n_blocks][64]
+    float * slack;          // [n_group][n_shared][n_blocks]
+    int32_t * attend_all;   // [n_group] not 0: a number that is not finite was met. Zero before and after a step
+    int32_t * threshold;    // [n_group][n_shared] the first bin that is kept; kAttendAll where nothing was scanned
+    uint64_t * kept;        // [n_group][n_blocks]
+    int32_t * survivors;    // [n_group][n_blocks * 64]: each of n_select parts has the place of its cells
+    int32_t * n_survivors;  // [n_group][n_select]
+    float * dropped;        // [n_group][n_select][n_shared] upper bound on what was dropped, relative to the reference
+    float * compensation;   // [n_group][n_select][n_shared] weight added back
+    float * value_norm;     // [n_group][n_select] of any dropped value
+    float * added;          // [n_group][n_select][n_shared][value_dim] sum of added weight * mean value
+    PartialHead * partial;  // [n_attend + n_group][n_shared]
+    float * part;           // [n_attend + n_group][n_shared][value_dim]
+    double * least;         // [n_group][n_shared] the oracle's lower bound on the mass
+    double * check_sums;    // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
 
     // Blocks to encode: complete, with visible cells that are not indexed. Found by the scan, built at the end of the step.
     int32_t * n_pending;  // [2] their number, and how many thread blocks are through with them; zero before and after a step
@@ -148,7 +148,7 @@ struct Problem {
     int32_t * queued;     // per cache, [slots of the planes] not 0: it is in the list
 
     // Per cache.
-    uint8_t * without_scan;        // [n_stream][n_head_kv][n_part] steps without a scan that are left to a uniform head
+    uint8_t * without_scan;          // [n_stream][n_head_kv][n_part] steps without a scan that are left to a uniform head
     HeadCertificate * certificates;  // [n_stream * n_token][n_head]
     Totals * totals;
 
@@ -162,9 +162,7 @@ struct Problem {
         return left < n_shared ? left : n_shared;
     }
     LOUVER_BOTH int64_t first_row(int group) const { return static_cast<int64_t>(stream_of(group)) * kv_size; }
-    LOUVER_BOTH int64_t slot_of(int group, int block) const {
-        return planes.slot(stream_of(group), kv_head_of(group), block);
-    }
+    LOUVER_BOTH int64_t slot_of(int group, int block) const { return planes.slot(stream_of(group), kv_head_of(group), block); }
     LOUVER_BOTH const float * query_of(int group, int i) const {
         const int row = row_of_group(group);
         return reinterpret_cast<const float *>(query + row % n_token * query_token_stride + row / n_token * query_stream_stride +

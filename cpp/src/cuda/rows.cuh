@@ -10,7 +10,8 @@ namespace louver::cuda {
 
 __device__ __forceinline__ float bf16_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 
-// 8 elements from `first` on, a multiple of 8, as they are stored; as float32 once they are needed, so that a load is only a load.
+// 8 elements from `first` on, a multiple of 8, as they are stored; as float32 once they are needed, so that a load is only a
+// load.
 template <DType type> struct Eight;
 
 template <> struct Eight<DType::f32> {

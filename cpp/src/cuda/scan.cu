@@ -1,9 +1,10 @@
-// Upper bounds of all scores of a group's queries: the identity and the slack of docs/guarantee.md ("The scan"), with signed codes, so that
+// Upper bounds of all scores of a group's queries: the identity and the slack of docs/guarantee.md ("The scan"), with signed
+// codes, so that
 //
 //     q.k = q.m + h sum_c l_c (b_c - 128) + d.(b - 128) + q.r
 //
-// and the integer dot products on the tensor cores: 16 keys by 32 channels of codes at a time, times the levels of up to 4 queries, the
-// high and the low 8 bits of each a column of its own.
+// and the integer dot products on the tensor cores: 16 keys by 32 channels of codes at a time, times the levels of up to 4
+// queries, the high and the low 8 bits of each a column of its own.
 #include "cuda/encode.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
@@ -146,12 +147,12 @@ struct ToBin {
     float slack;
 };
 
-// Levels of the lane's column of the right operand, and what completes their dot products, for one block. The lanes 8 i .. 8 i + 7 of
-// a warp have query i: 4 of them its high, 4 its low bytes; each its channels, lane % 4.
-template <int n_tiles>
-__device__ __forceinline__ ToBin quantize(const float (&query)[n_tiles][8], float norm, float reference, const uint16_t * center,
-                                          const uint16_t * step, const BlockBounds & bounds, int dim, float to_log2,
-                                          bool certified, uint32_t (&levels)[n_tiles][2]) {
+// Levels of the lane's column of the right operand, and what completes their dot products, for one block. The lanes 8 i .. 8 i +
+// 7 of a warp have query i: 4 of them its high, 4 its low bytes; each its channels, lane % 4.
+template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&query)[n_tiles][8], float norm, float reference,
+                                                                 const uint16_t * center, const uint16_t * step,
+                                                                 const BlockBounds & bounds, int dim, float to_log2,
+                                                                 bool certified, uint32_t (&levels)[n_tiles][2]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const bool low = (lane / 4) % 2 != 0;
     Eight<DType::bf16> steps[n_tiles];  // kept as stored: registers decide how many warps there are
@@ -255,8 +256,8 @@ __device__ __noinline__ void add_exact(const Problem & p, int group, int block, 
     }
 }
 
-template <int n_tiles, int n_quad>
-__global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1) scan(const __grid_constant__ Problem p) {
+template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
+    scan(const __grid_constant__ Problem p) {
     extern __shared__ std::byte memory[];
     Shared & s = *reinterpret_cast<Shared *>(memory);
     const int group = static_cast<int>(blockIdx.y);

@@ -1,6 +1,6 @@
-// From the bins to the survivors. A cell is dropped for a group only if every query has it below its threshold; a threshold is the
-// highest whose bins, each cell counted with the weight at its bin's upper edge, add up to at most epsilon of the mass: the mass oracle
-// (louver/mass_oracle.h) with all weights as its sample, and so with nothing left to verify.
+// From the bins to the survivors. A cell is dropped for a group only if every query has it below its threshold; a threshold is
+// the highest whose bins, each cell counted with the weight at its bin's upper edge, add up to at most epsilon of the mass: the
+// mass oracle (louver/mass_oracle.h) with all weights as its sample, and so with nothing left to verify.
 #include "cuda/certify.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
@@ -68,13 +68,12 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     const int stream = p.stream_of(group);
     const int kv_head = p.kv_head_of(group);
     const Sight & sight = p.sight[p.row_of_group(group)];
-    const bool all = (!(p.epsilon > 0) && p.given == nullptr) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
+    const bool all =
+        (!(p.epsilon > 0) && p.given == nullptr) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
 
     if (warp < n_query) {
         double least = 0;
-        const int threshold = all                  ? kAttendAll
-                              : p.given != nullptr ? kReferenceBin
-                                                   : threshold_of(p, group, warp, least);
+        const int threshold = all ? kAttendAll : p.given != nullptr ? kReferenceBin : threshold_of(p, group, warp, least);
         if (lane == 0) {
             s.threshold[warp] = threshold;
             if (split == 0) {
@@ -135,8 +134,8 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
 #pragma unroll
                 for (int i = 0; i < n_most; ++i) {
                     if (i < n_query) {
-                        const float most = sum_of_warp((drops[0] ? upper_edge(bins[i][0]) : 0.0f) +
-                                                       (drops[1] ? upper_edge(bins[i][1]) : 0.0f));
+                        const float most =
+                            sum_of_warp((drops[0] ? upper_edge(bins[i][0]) : 0.0f) + (drops[1] ? upper_edge(bins[i][1]) : 0.0f));
                         dropped[i] += most;
                         if (p.compensate) {
                             // The slack's middle, where the score most likely is.

@@ -21,9 +21,8 @@ __global__ void mask_to_bits(Mask mask, int n_token, int n_kv, int n_blocks, int
         const int cell = block * kBlockCells + half * 32 + lane;
         bool sees = cell < n_kv;
         if (sees && mask.data != nullptr) {
-            const uint16_t entry =
-                reinterpret_cast<const uint16_t *>(mask.data + row % n_token * mask.token_stride +
-                                                   row / n_token * mask.stream_stride)[cell];
+            const uint16_t entry = reinterpret_cast<const uint16_t *>(mask.data + row % n_token * mask.token_stride +
+                                                                      row / n_token * mask.stream_stride)[cell];
             plain = plain && ((entry & 0x7fffu) == 0 || entry == 0xfc00u);
             sees = entry != 0xfc00u;
         }

@@ -8,6 +8,7 @@
 #include "ggml-cpu.h"
 #include "ggml.h"
 #include "ggml/attention_op.h"
+#include "ggml/cuda_extension.h"
 #include "ggml/registry.h"
 #include "louver/isa.h"
 #include "louver/runtime.h"
@@ -128,6 +129,7 @@ void attach() {
         get(ggml_backend_reg_dev_get(reg, 0));
         auto & all = ggml_backend_cpu_get_extra_buffer_types();
         all.insert(all.begin(), buffer_type());
+        attach_cuda();
     });
 }
 

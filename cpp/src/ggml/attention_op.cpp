@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <bit>
-#include <charconv>
 #include <cstring>
-#include <string_view>
 
 #include "attention/scratch.h"
 #include "ggml-cpu-impl.h"
@@ -26,8 +24,8 @@ size_t in_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 // What thread 0 decided for the team, at the very end of the work buffer: stock, should it run, does not reach that far.
 struct Verdict {
-    Cache * cache;     // null: stock runs, nothing is to be done
-    bool repair_only;  // prefill: bring the index up to date, then stock
+    HostCache * cache;  // null: stock runs, nothing is to be done
+    bool repair_only;   // prefill: bring the index up to date, then stock
     RuntimeConfig config;
 };
 
@@ -62,44 +60,22 @@ struct Work {
     }
 };
 
-int layer_of(const ggml_tensor * cache) {
-    const std::string_view name = cache->name;
-    const size_t digits = name.find_last_not_of("0123456789") + 1;
-    int layer = -1;
-    std::from_chars(name.data() + digits, name.data() + name.size(), layer);
-    return layer;
-}
-
-CachePlane plane_of(const ggml_tensor * cache, const ggml_tensor * view, DType type) {
-    return {static_cast<std::byte *>(cache->data), cache->nb[1],
-            cache->ne[1] * cache->ne[2],           ggml_row_size(view->type, view->ne[0]),
-            static_cast<int>(view->ne[0]),         type};
-}
-
 // The cache this op reads, registered with its owner if it is new or has become another.
-Cache * find_or_add(const AttentionView & a, Runtime * owner) {
+HostCache * find_or_add(const AttentionView & a, Runtime * owner) {
     Registry & registry = Registry::instance();
-    const CachePlane k = plane_of(a.k_cache, a.k, a.k_type);
-    const CachePlane v = plane_of(a.v_cache, a.v, a.v_type);
-    Cache * cache = registry.find(k.data);
-    if (cache != nullptr && cache->k == k && cache->v == v && cache->kv_size == a.kv_size && cache->n_head_kv == a.n_head_kv) {
-        return cache;
+    Cache * cache = registry.find(a.k_cache->data);
+    if (cache == nullptr || !a.reads(*cache)) {
+        cache = registry.add(std::make_unique<HostCache>(owner, a.layer(), a.k_plane(), a.v_plane(), a.kv_size, a.n_head_kv),
+                             a.k_cache->buffer, a.v_cache->buffer);
     }
-    return registry.add(std::make_unique<Cache>(owner, layer_of(a.k_cache), k, v, a.kv_size, a.n_head_kv), a.k_cache->buffer,
-                        a.v_cache->buffer);
-}
-
-// The runtime whose cache this op reads, or for a cache seen for the first time the one in scope. Null: nobody's.
-Runtime * owner_of(const AttentionView & a) {
-    const Cache * cache = a.k_cache != nullptr ? Registry::instance().find(a.k_cache->data) : nullptr;
-    return cache != nullptr ? cache->owner : Runtime::current();
+    return static_cast<HostCache *>(cache);  // ggml-cpu reads nothing else
 }
 
 // Thread 0 alone: for tools that look at attention outside of the model.
 void capture(const AttentionView & a, Reason reason) {
-    Runtime * owner = owner_of(a);
+    Runtime * owner = a.owner();
     if (owner != nullptr && owner->capture().is_on()) {
-        const int layer = a.k_cache != nullptr ? layer_of(a.k_cache) : -1;
+        const int layer = a.k_cache != nullptr ? a.layer() : -1;
         const bool sliding = reason == Reason::none && owner->config().n_ctx > a.kv_size;
         owner->capture().see(a, layer, reason_name(sliding ? Reason::sliding_window : reason));
     }
@@ -108,7 +84,7 @@ void capture(const AttentionView & a, Reason reason) {
 // Thread 0 alone: what the team will do, and the counts of what it will not.
 Verdict decide(const AttentionView & a, int n_threads) {
     Verdict verdict{};
-    Runtime * owner = owner_of(a);
+    Runtime * owner = a.owner();
     if (owner == nullptr) {
         return verdict;
     }
@@ -132,7 +108,7 @@ Verdict decide(const AttentionView & a, int n_threads) {
     verdict.cache->collect();
     verdict.cache->expect(verdict.config.decode);
     const size_t threads = static_cast<size_t>(n_threads);
-    Cache::Step & step = verdict.cache->step;
+    HostCache::Step & step = verdict.cache->step;
     step.pending = true;
     step.queries.clear();
     step.checked.assign(threads, {});
@@ -146,7 +122,8 @@ Verdict decide(const AttentionView & a, int n_threads) {
 }
 
 // This thread's chunks of blocks: which cells each query sees, and the index of the blocks that are complete.
-void see_and_repair(const AttentionView & a, const Work & work, Cache & cache, bool only_last_token, int rank, int team_size) {
+void see_and_repair(const AttentionView & a, const Work & work, HostCache & cache, bool only_last_token, int rank,
+                    int team_size) {
     const int n_blocks = n_blocks_for(a.n_kv);
     // A prefill fills a few blocks in a row, which every thread should have its share of.
     const int chunk = only_last_token ? 1 : kChunkBlocks;
@@ -214,7 +191,7 @@ bool see_alike(const uint64_t * one, const uint64_t * other, int n_blocks) {
 
 // Every token of the op, tokens that see alike together, the whole team at each. False: stock has to run.
 bool decode_all(const AttentionView & a, const Work & work, const Verdict & verdict, const Team & team, Reason & reason) {
-    Cache & cache = *verdict.cache;
+    HostCache & cache = *verdict.cache;
     const int n_blocks = n_blocks_for(a.n_kv);
     if (std::any_of(work.plain_mask, work.plain_mask + team.size, [](uint8_t plain) { return plain == 0; })) {
         reason = Reason::mask_values;
@@ -225,7 +202,7 @@ bool decode_all(const AttentionView & a, const Work & work, const Verdict & verd
     for (int q = 0; q < a.n_query();) {
         const int stream = q / a.n_token;
         const int token = q % a.n_token;
-        Cache::Step::Query query{a.first_stream + stream, token, Path::louver, Reason::none};
+        HostCache::Step::Query query{a.first_stream + stream, token, Path::louver, Reason::none};
         const bool short_context = is_short(q);
         if (verdict.config.decode.epsilon <= 0 || short_context) {
             query.path = Path::dense;
@@ -295,7 +272,7 @@ bool attention_forward(ggml_compute_params * params, ggml_tensor * op) {
     }
     if (reason != Reason::none) {
         // Every thread has read the same tensors and come to the same end.
-        Runtime * owner = params->ith == 0 ? owner_of(view) : nullptr;
+        Runtime * owner = params->ith == 0 ? view.owner() : nullptr;
         if (owner != nullptr) {
             owner->count(Path::stock, reason, view.n_query());
         }

@@ -1,8 +1,11 @@
 #include "ggml/attention_view.h"
 
+#include <charconv>
 #include <cstring>
+#include <string_view>
 
 #include "ggml.h"
+#include "ggml/registry.h"
 
 namespace louver {
 namespace {
@@ -33,6 +36,12 @@ bool covers_heads(const ggml_tensor * view, const ggml_tensor * cache) {
            (view->ne[3] == 1 || view->nb[3] == row * static_cast<size_t>(cache->ne[1])) && cache->nb[1] == row &&
            (cache->ne[2] == 1 || cache->nb[2] == row * static_cast<size_t>(cache->ne[1])) && cache->ne[3] == 1 &&
            view->view_offs % (row * static_cast<size_t>(cache->ne[1])) == 0;
+}
+
+CachePlane plane_of(const ggml_tensor * cache, const ggml_tensor * view, DType type) {
+    return {static_cast<std::byte *>(cache->data), cache->nb[1],
+            cache->ne[1] * cache->ne[2],           ggml_row_size(view->type, view->ne[0]),
+            static_cast<int>(view->ne[0]),         type};
 }
 
 }  // namespace
@@ -83,6 +92,27 @@ Reason AttentionView::read(const ggml_tensor * tensor) {
     kv_size = k_cache->ne[1];
     first_stream = static_cast<int>(static_cast<int64_t>(k->view_offs / k_cache->nb[1]) / kv_size);
     return Reason::none;
+}
+
+CachePlane AttentionView::k_plane() const { return plane_of(k_cache, k, k_type); }
+
+CachePlane AttentionView::v_plane() const { return plane_of(v_cache, v, v_type); }
+
+int AttentionView::layer() const {
+    const std::string_view name = k_cache->name;
+    const size_t digits = name.find_last_not_of("0123456789") + 1;
+    int number = -1;
+    std::from_chars(name.data() + digits, name.data() + name.size(), number);
+    return number;
+}
+
+bool AttentionView::reads(const Cache & cache) const {
+    return cache.k == k_plane() && cache.v == v_plane() && cache.kv_size == kv_size && cache.n_head_kv == n_head_kv;
+}
+
+Runtime * AttentionView::owner() const {
+    const Cache * cache = k_cache != nullptr ? Registry::instance().find(k_cache->data) : nullptr;
+    return cache != nullptr ? cache->owner : Runtime::current();
 }
 
 }  // namespace louver

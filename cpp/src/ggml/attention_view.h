@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ggml/cache.h"
 #include "louver/runtime.h"
 #include "louver/types.h"
 
@@ -35,6 +36,16 @@ struct AttentionView {
     Reason read(const ggml_tensor * op);
 
     int n_query() const { return n_token * n_stream; }
+
+    // The rest holds once read() has returned Reason::none.
+    CachePlane k_plane() const;
+    CachePlane v_plane() const;
+    int layer() const;  // -1: unknown
+    bool reads(const Cache & cache) const;
+
+    // The runtime whose cache this op reads, or for a cache seen for the first time the one in scope. Null: nobody's. Whatever
+    // read() returned.
+    Runtime * owner() const;
 };
 
 // More query tokens than this in one op is prefill: stock's tiled kernel serves it better.

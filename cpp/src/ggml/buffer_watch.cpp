@@ -85,7 +85,9 @@ void watch_buffer(ggml_backend_buffer_t buffer) {
         return;
     }
     // Our gathers are what profits; stock's kernel reads the same either way.
-    collapse_to_huge_pages(ggml_backend_buffer_get_base(buffer), buffer->size);
+    if (ggml_backend_buffer_is_host(buffer)) {
+        collapse_to_huge_pages(ggml_backend_buffer_get_base(buffer), buffer->size);
+    }
     // An operation the buffer lacks stays missing: ggml takes its absence as an answer.
     const auto wrap = [](auto & slot, auto * wrapper) {
         if (slot != nullptr) {

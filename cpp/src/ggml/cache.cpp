@@ -20,7 +20,11 @@ Cache::Cache(Runtime * owner_, int layer_id, const CachePlane & k_, const CacheP
       v(v_),
       kv_size(cells_per_stream),
       n_stream(k_.n_rows / cells_per_stream),
-      n_head_kv(kv_heads) {
+      n_head_kv(kv_heads) {}
+
+HostCache::HostCache(Runtime * owner_, int layer_id, const CachePlane & k_, const CachePlane & v_, int64_t cells_per_stream,
+                     int kv_heads)
+    : Cache(owner_, layer_id, k_, v_, cells_per_stream, kv_heads) {
     for (int64_t stream = 0; stream < n_stream; ++stream) {
         for (int head = 0; head < n_head_kv; ++head) {
             const auto rows = [&](const CachePlane & plane) {
@@ -37,7 +41,7 @@ Cache::Cache(Runtime * owner_, int layer_id, const CachePlane & k_, const CacheP
     steps_without_scan.assign(static_cast<size_t>(n_stream * n_head_kv), 0);
 }
 
-void Cache::invalidate(int64_t first, int64_t count) {
+void HostCache::invalidate(int64_t first, int64_t count) {
     if (owner->stale()) {
         return;
     }
@@ -52,7 +56,7 @@ void Cache::invalidate(int64_t first, int64_t count) {
     }
 }
 
-void Cache::repair(int64_t stream, int block, uint64_t wanted, int64_t & blocks_built, int64_t & cells_encoded) {
+void HostCache::repair(int64_t stream, int block, uint64_t wanted, int64_t & blocks_built, int64_t & cells_encoded) {
     for (int head = 0; head < n_head_kv; ++head) {
         const GridIndex::Repair repair = index_of(stream, head).repair(block, wanted, keys(stream)[head], values(stream)[head]);
         blocks_built += repair.rebuilt;
@@ -60,7 +64,7 @@ void Cache::repair(int64_t stream, int block, uint64_t wanted, int64_t & blocks_
     }
 }
 
-void Cache::collect() {
+void HostCache::collect() {
     if (!step.pending) {
         return;
     }
@@ -117,14 +121,14 @@ void Cache::collect() {
     owner->add(part);
 }
 
-void Cache::expect(const DecodeSettings & settings) {
+void HostCache::expect(const DecodeSettings & settings) {
     if (settings.check || settings.epsilon != uniform_at) {
         std::fill(steps_without_scan.begin(), steps_without_scan.end(), uint8_t{0});
         uniform_at = settings.epsilon;
     }
 }
 
-void Cache::describe(Stats & stats) const {
+void HostCache::describe(Stats & stats) const {
     for (const auto & index : indexes) {
         const int64_t cells = index->indexed_cells();
         stats.index_cells += cells;

@@ -1,4 +1,4 @@
-// One layer's K and V in llama.cpp's cache, and the index over them.
+// One layer's K and V in llama.cpp's cache, and what keeps an index over them.
 #pragma once
 
 #include <cstdint>
@@ -28,9 +28,35 @@ struct CachePlane {
 
 struct Cache {
     Cache(Runtime * owner, int layer_id, const CachePlane & k, const CachePlane & v, int64_t cells_per_stream, int kv_heads);
+    virtual ~Cache() = default;
+    Cache(const Cache &) = delete;
+    Cache & operator=(const Cache &) = delete;
 
+    // Whether ops of ggml-cpu may write to it.
+    virtual bool on_host() const = 0;
     // Rows [first, first + count), counted over all streams, were written.
-    void invalidate(int64_t first, int64_t count);
+    virtual void invalidate(int64_t first, int64_t count) = 0;
+    // Folds what was counted since into the owner's totals. No step may be under way on the host.
+    virtual void collect() = 0;
+    virtual void describe(Stats & stats) const = 0;
+
+    Runtime * owner;
+    int layer;
+    CachePlane k;
+    CachePlane v;
+    int64_t kv_size;
+    int64_t n_stream;
+    int n_head_kv;
+};
+
+// In host memory, with a GridIndex for each stream's KV head.
+struct HostCache final : Cache {
+    HostCache(Runtime * owner, int layer_id, const CachePlane & k, const CachePlane & v, int64_t cells_per_stream, int kv_heads);
+
+    bool on_host() const override { return true; }
+    void invalidate(int64_t first, int64_t count) override;
+    void collect() override;
+    void describe(Stats & stats) const override;
 
     const Rows * keys(int64_t stream) const { return key_rows.data() + stream * n_head_kv; }
     const Rows * values(int64_t stream) const { return value_rows.data() + stream * n_head_kv; }
@@ -45,17 +71,6 @@ struct Cache {
     // Brings the index of one stream's block up to date for the cells of `wanted`; blocks may be repaired at the same time.
     void repair(int64_t stream, int block, uint64_t wanted, int64_t & blocks_built, int64_t & cells_encoded);
 
-    // Folds the last step's certificates into the owner's totals. No thread may be computing.
-    void collect();
-    void describe(Stats & stats) const;
-
-    Runtime * owner;
-    int layer;
-    CachePlane k;
-    CachePlane v;
-    int64_t kv_size;
-    int64_t n_stream;
-    int n_head_kv;
     std::vector<std::unique_ptr<GridIndex>> indexes;  // [n_stream][n_head_kv], as the next three
     std::vector<const GridIndex *> index_views;
     std::vector<Rows> key_rows;

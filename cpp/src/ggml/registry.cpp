@@ -33,6 +33,7 @@ Cache * Registry::add(std::unique_ptr<Cache> cache, ggml_backend_buffer * k_buff
     }
     caches_[reinterpret_cast<uintptr_t>(added->k.data)] = std::move(cache);
     set_limits();
+    ++changes();
     return added;
 }
 
@@ -49,6 +50,16 @@ template <class F> void Registry::for_spans(uintptr_t begin, uintptr_t end, F &&
             f(it->second, first - it->first, last - it->first);
         }
     }
+}
+
+Registry::Place Registry::at(const void * address) {
+    const uintptr_t a = reinterpret_cast<uintptr_t>(address);
+    const std::lock_guard lock(mutex_);
+    Place place;
+    for_spans(a, a + 1, [&](const Span & span, size_t first, size_t) {
+        place = {span.cache, static_cast<int64_t>(first / span.plane->row_size), span.plane->row_size};
+    });
+    return place;
 }
 
 void Registry::written(const void * address, size_t size) {
@@ -91,12 +102,16 @@ void Registry::forget(const Runtime * owner) {
 void Registry::erase(Cache * cache) {
     std::erase_if(spans_, [&](const auto & entry) { return entry.second.cache == cache; });
     caches_.erase(reinterpret_cast<uintptr_t>(cache->k.data));
+    ++changes();
 }
 
 void Registry::set_limits() {
     uintptr_t low = UINTPTR_MAX;
     uintptr_t high = 0;
     for (const auto & [begin, span] : spans_) {
+        if (!span.cache->on_host()) {
+            continue;
+        }
         low = std::min(low, begin);
         high = std::max(high, span.end);
     }

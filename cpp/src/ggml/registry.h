@@ -13,6 +13,12 @@ struct ggml_backend_buffer;
 
 namespace louver {
 
+// How often anything has changed that decides what is computed for an op: settings, caches.
+inline std::atomic<int64_t> & changes() {
+    static std::atomic<int64_t> count{0};
+    return count;
+}
+
 class Registry {
   public:
     static Registry & instance();
@@ -23,11 +29,19 @@ class Registry {
     // Replaces whatever was known at these addresses. `buffer` holds both planes; from now on its writes are seen.
     Cache * add(std::unique_ptr<Cache> cache, ggml_backend_buffer * k_buffer, ggml_backend_buffer * v_buffer);
 
-    // Whether a write there could concern a cache; cheap, and never wrongly false.
+    // Whether a write there could concern a cache in host memory; cheap, and never wrongly false.
     bool may_hold(const void * address) const {
         const uintptr_t a = reinterpret_cast<uintptr_t>(address);
         return a >= low_.load(std::memory_order_relaxed) && a < high_.load(std::memory_order_relaxed);
     }
+
+    // The cache that holds this address, and the row there; null: none.
+    struct Place {
+        Cache * cache = nullptr;
+        int64_t row = 0;
+        size_t row_size = 0;
+    };
+    Place at(const void * address);
 
     // Bytes [address, address + size) were written.
     void written(const void * address, size_t size);

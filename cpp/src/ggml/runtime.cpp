@@ -13,8 +13,10 @@ thread_local std::vector<Runtime *> scopes;
 
 const char * reason_name(Reason reason) {
     static constexpr const char * kNames[] = {
-        "none", "prefill",  "disabled",    "below_min_context", "sliding_window", "alibi",       "soft_cap",   "sinks",
-        "mla",  "n_kv_max", "mask_values", "cache_type",        "layout",         "work_buffer", "not_finite", "epsilon_zero"};
+        "none",         "prefill",     "disabled",   "below_min_context", "sliding_window", "alibi",
+        "soft_cap",     "sinks",       "mla",        "n_kv_max",          "mask_values",    "cache_type",
+        "layout",       "work_buffer", "not_finite", "epsilon_zero",      "head_dim",       "device",
+        "device_memory"};
     static_assert(std::size(kNames) == static_cast<size_t>(Reason::count));
     return kNames[static_cast<size_t>(reason)];
 }
@@ -31,6 +33,7 @@ RuntimeConfig Runtime::config() const {
 void Runtime::configure(const RuntimeConfig & config) {
     const std::lock_guard lock(mutex_);
     config_ = config;
+    ++changes();
 }
 
 void Runtime::enter() {
@@ -64,7 +67,10 @@ void Runtime::reset_stats() {
     stats_ = Stats();
 }
 
-void Runtime::set_stale(bool stale) { stale_ = stale; }
+void Runtime::set_stale(bool stale) {
+    stale_ = stale;
+    ++changes();
+}
 
 void Runtime::count(Path path, Reason reason, int64_t n) {
     const std::lock_guard lock(mutex_);
@@ -82,6 +88,7 @@ void Runtime::add(const Stats & part) {
     }
     stats_.n_queries += part.n_queries;
     stats_.heads_uniform += part.heads_uniform;
+    stats_.heads_in_full += part.heads_in_full;
     stats_.keys_visible += part.keys_visible;
     stats_.keys_scanned += part.keys_scanned;
     stats_.keys_attended += part.keys_attended;

@@ -1,0 +1,41 @@
+# The CUDA kernels: a library where LOUVER_CUDA is on; else, where there is a CUDA compiler, a target that only compiles them.
+if(LOUVER_CUDA)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES native)
+  endif()
+  enable_language(CUDA)
+  set(LOUVER_HAS_NVCC ON)
+else()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real)
+    endif()
+    enable_language(CUDA)
+    set(LOUVER_HAS_NVCC ON)
+  endif()
+endif()
+if(LOUVER_HAS_NVCC)
+  find_package(CUDAToolkit 12 REQUIRED)
+endif()
+
+# louver_add_cuda(name): the kernels as a static library.
+function(louver_add_cuda name)
+  set(_src "${CMAKE_CURRENT_SOURCE_DIR}/cpp/src/cuda")
+  file(GLOB _sources CONFIGURE_DEPENDS "${_src}/*.cu" "${_src}/*.cpp")
+  add_library(${name} STATIC ${_sources})
+  target_link_libraries(${name} PUBLIC louver_core CUDA::cudart)
+  target_include_directories(${name} PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/cpp/include" "${CMAKE_CURRENT_SOURCE_DIR}/cpp/src")
+  set_target_properties(${name} PROPERTIES CUDA_VISIBILITY_PRESET hidden CXX_VISIBILITY_PRESET hidden)
+  # As for the CPU (cmake/LouverTargets.cmake) no fast-math; contraction is fine, every bound allows for it.
+  set(_host ${_warnings} ${_numerics})
+  list(REMOVE_ITEM _host -Wpedantic)  # nvcc's own output is not
+  list(JOIN _host "," _host)
+  target_compile_options(${name} PRIVATE
+    "$<$<COMPILE_LANGUAGE:CXX>:${_warnings};${_numerics}>"
+    "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--expt-relaxed-constexpr;-lineinfo;-Xcompiler=${_host}>")
+  if(LOUVER_WERROR)
+    target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>")
+  endif()
+endfunction()
