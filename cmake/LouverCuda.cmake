@@ -18,6 +18,10 @@ else()
 endif()
 if(LOUVER_HAS_NVCC)
   find_package(CUDAToolkit 12 REQUIRED)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that of nvcc 13
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
 endif()
 
 # louver_add_cuda(name): the kernels as a static library.
@@ -34,8 +38,15 @@ function(louver_add_cuda name)
   list(JOIN _host "," _host)
   target_compile_options(${name} PRIVATE
     "$<$<COMPILE_LANGUAGE:CXX>:${_warnings};${_numerics}>"
-    "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--expt-relaxed-constexpr;-lineinfo;-Xcompiler=${_host}>")
+    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-lineinfo;-Xcompiler=${_host}>")
   if(LOUVER_WERROR)
     target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>")
   endif()
+endfunction()
+
+# louver_add_cuda_program(name source...): a program that runs the kernels, not built unless asked for.
+function(louver_add_cuda_program name)
+  add_executable(${name} EXCLUDE_FROM_ALL ${ARGN})
+  target_link_libraries(${name} PRIVATE louver_cuda)
+  target_compile_options(${name} PRIVATE ${_warnings})
 endfunction()

@@ -179,7 +179,6 @@ int64_t CacheIndex::indexed_cells() const {
     return n;
 }
 
-// What does not depend on the shape comes first: it has to be zero between ops, whatever their shapes.
 struct Workspace::Storage {
     int64_t n_query = 0;  // capacity; of (row, head part) pairs the queries of a group are counted in full
     int64_t n_group = 0;
@@ -188,6 +187,15 @@ struct Workspace::Storage {
     int64_t n_slot = 0;
     int value_dim = 0;
     Memory memory;
+
+    // Zero between ops, at places that do not depend on the shape.
+    void lay_zeros(Parts & parts, Problem & p) const {
+        p.histogram = parts.take<uint32_t>(static_cast<size_t>(n_query) * kBins);
+        p.attend_all = parts.take<int32_t>(static_cast<size_t>(n_group));
+        p.n_pending = parts.take<int32_t>(2);
+        p.check_sums = parts.take<double>(2 * static_cast<size_t>(n_query));
+    }
+
     std::deque<Memory> retired;  // captured graphs that were not yet replaced, and kernels under way, may still use it
 };
 
@@ -301,11 +309,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.n_attend = grids.n_attend;
 
     Parts parts(s.memory.as<std::byte>());
-    // Zero between ops, at places that do not depend on the shape.
-    p.histogram = parts.take<uint32_t>(static_cast<size_t>(s.n_query) * kBins);
-    p.attend_all = parts.take<int32_t>(static_cast<size_t>(s.n_group));
-    p.n_pending = parts.take<int32_t>(2);
-    p.check_sums = parts.take<double>(2 * static_cast<size_t>(s.n_query));
+    s.lay_zeros(parts, p);
     // Seen once for several ops.
     Sight * sight = parts.take<Sight>(static_cast<size_t>(s.n_row));
     uint64_t * visible = parts.take<uint64_t>(static_cast<size_t>(s.n_row * (s.n_blocks + 1)));
@@ -378,6 +382,16 @@ void Workspace::attend(const CacheIndex & index, const AttentionOp & op, void * 
 
 void Workspace::repair(const CacheIndex & index, const AttentionOp & op, void * stream) {
     launch_repair(problem(index, op), as_stream(stream));
+}
+
+void Workspace::poison() {
+    const OnDevice on(device_);
+    Parts parts(nullptr);
+    Problem zeros{};
+    storage_->lay_zeros(parts, zeros);
+    const size_t first = parts.bytes();
+    check(cudaDeviceSynchronize(), "poison");
+    check(cudaMemset(storage_->memory.as<std::byte>(first), 0xff, storage_->memory.bytes() - first), "poison");
 }
 
 std::vector<uint64_t> Workspace::kept(const CacheIndex & index, const AttentionOp & op) const {

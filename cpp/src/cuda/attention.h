@@ -131,6 +131,9 @@ class Workspace {
         probe_context_ = context;
     }
 
+    // For tests: fills what no op may rely on with 0xff. see() comes next.
+    void poison();
+
     // The survivors of the last op as bits, for tests: [n_group][n_blocks].
     std::vector<uint64_t> kept(const CacheIndex & index, const AttentionOp & op) const;
 

@@ -172,7 +172,7 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     add_up(squared, s.sums[0]);
     __syncthreads();
 
-    if (thread < kBins && !all) {
+    if (thread < kBins) {  // a scan that was given up has counted too
         p.histogram[static_cast<int64_t>(query) * kBins + thread] = 0;
     }
     if (thread != 0) {

@@ -29,7 +29,8 @@ struct Shared {
     double lower[kWarps][kMaxShared];  // of each warp
     float key_norm[kWarps];
     int scanned[kWarps];
-    int failed;
+    int failed;       // before the scan
+    int failed_late;  // while it runs: one flag would be set by warps that are ahead
 };
 
 __device__ __forceinline__ void load_eight(DType type, const std::byte * row, int first, float (&out)[8]) {
@@ -73,6 +74,7 @@ __device__ bool begin(const Problem & p, int group, Shared & s) {
     }
     if (threadIdx.x == 0) {
         s.failed = 0;
+        s.failed_late = 0;
     }
     __syncthreads();
     const Sight & sight = p.sight[p.row_of_group(group)];
@@ -402,7 +404,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
 
     // What the warps found, added in an order that does not depend on timing.
     if (__any_sync(~0u, failed)) {
-        s.failed = 1;
+        s.failed_late = 1;
     }
 #pragma unroll
     for (int z = 0; z < n_quad; ++z) {
@@ -436,7 +438,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         }
         p.key_norm[group * p.n_scan + blockIdx.x] = longest;
         p.scanned[group * p.n_scan + blockIdx.x] = count;
-        if (s.failed != 0) {
+        if (s.failed_late != 0) {
             p.attend_all[group] = 1;
         }
     }

@@ -129,8 +129,8 @@ void attach() {
         get(ggml_backend_reg_dev_get(reg, 0));
         auto & all = ggml_backend_cpu_get_extra_buffer_types();
         all.insert(all.begin(), buffer_type());
-        attach_cuda();
     });
+    attach_cuda();
 }
 
 }  // namespace louver
