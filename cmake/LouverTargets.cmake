@@ -51,7 +51,8 @@ if(LOUVER_CUDA)
   louver_add_cuda_program(louver_cuda_bench "${_tools}/bench.cpp" "${_tools}/captured.cpp" "${_tools}/model_run.cpp"
                           "${_tools}/phases.cpp")
   target_link_libraries(louver_cuda_bench PRIVATE louver-ggml llama ggml-cuda)
-  target_include_directories(louver_cuda_bench SYSTEM PRIVATE "${LOUVER_LLAMA_CPP_DIR}/ggml/src")
+  target_include_directories(louver_cuda_bench SYSTEM PRIVATE
+    "${LOUVER_LLAMA_CPP_DIR}/include" "${LOUVER_LLAMA_CPP_DIR}/ggml/include" "${LOUVER_LLAMA_CPP_DIR}/ggml/src")
 endif()
 target_include_directories(louver-ggml PUBLIC "${_cpp}/include" PRIVATE "${_cpp}/src")
 target_include_directories(louver-ggml SYSTEM PRIVATE

@@ -17,6 +17,7 @@ import pytest
 
 import tiny_models
 from louver_llama import Llama, LouverConfig, bench, bench_cache, bench_record, bench_run, bench_states
+from louver_llama._libraries import core
 from louver_llama.cli import main
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "bench.md"
@@ -90,6 +91,8 @@ def test_a_row_has_everything(rows: Any) -> None:
         assert row["avg_ms"] == pytest.approx(row["avg_ns"] / 4 / 1e6, rel=1e-6)
         assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
         assert row["quality_steps"] == 4
+        assert row["backends"] in ("CPU", "CUDA") and isinstance(row["gpu_info"], str)
+        assert (row["n_gpu_layers"], row["split_mode"], row["tensor_split"]) == (0, "layer", None)
 
 
 def test_every_field_is_documented(rows: Any) -> None:
@@ -291,6 +294,26 @@ def test_state_dir(rows: Any, tmp_path: Path, evaluated: list[tuple[LouverConfig
     rows(*arguments, "--rope-freq-base", "20000")
     assert sum(n > 1 for _, _, n in evaluated) == 2 * 5
     assert len(list((tmp_path / "states").iterdir())) == 2 * 4
+
+
+def test_state_of_another_device_is_filled_anew(
+    run: Any, tmp_path: Path, evaluated: list[tuple[LouverConfig, int, int]]
+) -> None:
+    for options in ([], ["-ngl", "99"], ["-ngl", "99", "-sm", "none"]):
+        assert run("-d", "160", "--state-dir", str(tmp_path), *options)[0] == 0
+    assert len(list(tmp_path.iterdir())) == 3
+    assert sum(n > 1 for _, _, n in evaluated) == 3 * 5
+    _, output, errors = run("-d", "160", "--state-dir", str(tmp_path), "-ngl", "99")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert "; n_gpu_layers 99\n" in output
+    assert core.has_cuda() or "n_gpu_layers=99" in errors
+
+
+def test_filling_keeps_in_mind_from_where_on_a_gpu_has_an_index(
+    rows: Any, evaluated: list[tuple[LouverConfig, int, int]]
+) -> None:
+    rows("-d", "96", "--min-context-gpu", "77")
+    assert {config.min_context_gpu for config, _, _ in evaluated} == {77}
 
 
 @pytest.mark.parametrize("n_bytes", [0, 5000, -1])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from louver_llama import Llama, LouverConfig, demo
-from louver_llama._libraries import LIBRARY_FOLDER, core
+from louver_llama import Llama, LouverConfig, cli, cli_options, demo
+from louver_llama._libraries import LIBRARY_FOLDER, core, llama_cpp
 from louver_llama.cli import main
 
 PROMPT = "The history of the lighthouse begins long before the first tower of stone was built. " * 12
@@ -169,6 +169,14 @@ def test_conversation_of_one_turn(model_path: str) -> None:
         (["run", "-p", "x", "--epsilon", "1.5"], ["epsilon", "[0, 1)", "1.5"]),
         (["run", "-p", "x", "--epsilon", "nan"], ["epsilon", "[0, 1)", "nan"]),
         (["run", "-p", "x", "--recent", "-3"], ["recent", "[0, 2147483647]", "-3"]),
+        (["run", "-p", "x", "--min-context-gpu", "-3"], ["min_context_gpu", "[0, 2147483647]", "-3"]),
+        (["run", "-p", "x", "-ngl", "auto"], ["-ngl", "all", "'auto'"]),
+        (["run", "-p", "x", "-ngl", "-2"], ["-ngl", "-1", "'-2'"]),
+        (["run", "-p", "x", "-sm", "tensor"], ["-sm", "'tensor'", "row"]),
+        (["run", "-p", "x", "-ts", "1,x"], ["-ts", "'1,x'", "commas"]),
+        (["run", "-p", "x", "-ts", "0,0"], ["-ts", "'0,0'", "above 0"]),
+        (["run", "-p", "x", "-ts", "1,-1"], ["-ts", "-1"]),
+        (["run", "-p", "x", "-mg", "-1"], ["-mg", "-1"]),
         (["run", "-p", "x", "-m", "missing.gguf"], ["missing.gguf", "no such model file"]),
         (["run", "-p", "x", "-m", "."], [".", "not a file"]),
         (["run", "-p", "x", "-m", "text.gguf"], ["text.gguf", "not a GGUF file"]),
@@ -274,8 +282,75 @@ def test_info_of_a_model(model_path: str, capsys: pytest.CaptureFixture[str]) ->
         "soft_cap": None,
         "alibi": None,
         "mla_rank": None,
+        "n_gpu_layers": 0,
         "attention_layers": {"louver": 30, "stock": {}},
     }
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the build and the machine: no layer can go to a GPU."""
+    monkeypatch.setattr(core, "has_cuda", lambda: False)
+    monkeypatch.setattr(core, "devices", list)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("layers", ["99", "-1", "all", "0"])
+def test_layers_for_a_gpu_that_is_not_there(
+    model_path: str, capsys: pytest.CaptureFixture[str], layers: str
+) -> None:
+    assert main(["run", "-m", model_path, "-p", "Once", "-n", "1", "-c", "256", "-ngl", layers]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    if layers == "0":
+        assert warnings == []
+        return
+    (line,) = warnings
+    asked = "99" if layers == "99" else "-1"
+    assert line.startswith(f"louver-llama: warning: n_gpu_layers={asked}: this build has no CUDA")
+    assert "-DLOUVER_CUDA=ON" in line and "CPU" in line
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_info_of_a_build_without_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "built_in: False" in printed and "devices: none" in printed
+    assert "min_context_gpu" in printed and "device_memory" in printed
+
+
+def test_info_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    served = {"id": 0, "name": "Hopper", "capability": "9.0", "in_the_way": None}
+    old = {"id": 1, "name": "Turing", "capability": "7.5", "in_the_way": "compute capability 7.5"}
+    monkeypatch.setattr(core, "has_cuda", lambda: True)
+    monkeypatch.setattr(core, "devices", lambda: [served, old])
+    assert main(["info", "--json"]) == 0
+    cuda = json.loads(capsys.readouterr().out)["cuda"]
+    assert cuda["built_in"] is True
+    assert [(d["name"], d["louver_serves"]) for d in cuda["devices"]] == [("Hopper", True), ("Turing", False)]
+    assert cuda["devices"][1]["in_the_way"] == "compute capability 7.5"
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("Hopper", "9.0", "Turing", "in_the_way: compute capability 7.5"):
+        assert part in printed
+
+
+def test_options_of_gpus() -> None:
+    """They reach llama.cpp under its own names."""
+    parser = cli._parser()
+    for command in (["run"], ["bench"], ["demo"], ["info"]):
+        options = parser.parse_args([*command, "-ngl", "all", "-sm", "row", "-ts", "1,1", "-mg", "2"])
+        assert cli_options.offload(options).settings == {
+            "n_gpu_layers": -1,
+            "split_mode": llama_cpp.LLAMA_SPLIT_MODE_ROW,
+            "main_gpu": 2,
+            "tensor_split": [1.0, 1.0],
+        }
+        defaults = cli_options.offload(parser.parse_args(command)).settings
+        assert defaults["n_gpu_layers"] == 0 and defaults["tensor_split"] is None
+        assert defaults["split_mode"] == llama_cpp.LLAMA_SPLIT_MODE_LAYER
+    options = parser.parse_args(["run", "--gpu-layers", "7", "-ts", "3/1", "-sm", "none"])
+    assert (options.n_gpu_layers, options.tensor_split) == (7, [3.0, 1.0])
+    assert cli_options.SPLIT_MODES["none"] == llama_cpp.LLAMA_SPLIT_MODE_NONE
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,16 @@ def test_variable_names_another_folder(other_folder: Path, variable: str) -> Non
     assert_refused(process, variable, THEIRS, "abc1234", str(other_folder))
 
 
+@pytest.mark.parametrize(("name", "refused"), [("libggml-cuda.so", True), ("libggml-vulkan.so", False)])
+def test_a_backend_of_another_llama_cpp(tmp_path: Path, name: str, refused: bool) -> None:
+    (tmp_path / name).touch()
+    process = python(LOAD, LD_LIBRARY_PATH=str(tmp_path))
+    if refused:
+        assert_refused(process, "LD_LIBRARY_PATH", "no version to be read", str(tmp_path))
+    else:  # of no name that ours has
+        assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_library_is_loaded_already(other_folder: Path) -> None:
     process = python(f"import ctypes; ctypes.CDLL('{other_folder}/libggml-base.so'); {LOAD}")
     assert_refused(process, "loaded already", THEIRS, str(other_folder))

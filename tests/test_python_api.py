@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from louver_llama import Llama, LouverConfig, ModelFileError, ModelNotFoundError, PromptTooLongError
-from louver_llama._libraries import llama_cpp
+from louver_llama._libraries import core, llama_cpp
 
 CONFIG = LouverConfig(min_context=32, sinks=2, recent=8, check=True)
 # Longer than a block of 64 cells, so that there is an index.
@@ -316,6 +316,31 @@ def test_two_contexts_keep_their_own_counts(llm: Llama, model_path: str) -> None
     assert other.louver_stats()["attention"]["louver"] == 0
     other.close()
     assert_louver_ran_and_missed_nothing(llm)
+
+
+def test_layers_for_a_gpu_that_is_not_there(
+    model_path: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(core, "has_cuda", lambda: False)
+    with pytest.warns(RuntimeWarning, match="n_gpu_layers=-1: this build has no CUDA.* on the CPU") as caught:
+        Llama(model_path, n_gpu_layers=-1, vocab_only=True, verbose=False).close()
+    assert caught[0].filename == __file__
+    monkeypatch.setattr(core, "has_cuda", lambda: True)
+    monkeypatch.setattr(core, "devices", list)
+    with pytest.warns(RuntimeWarning, match="n_gpu_layers=7: there is no CUDA device"):
+        Llama(model_path, n_gpu_layers=7, vocab_only=True, verbose=False).close()
+    recwarn.clear()
+    Llama(model_path, n_gpu_layers=0, vocab_only=True, verbose=False).close()
+    assert not recwarn.list
+
+
+def test_how_gpus_share_the_model_is_llama_cpps(model_path: str) -> None:
+    split = {"split_mode": llama_cpp.LLAMA_SPLIT_MODE_ROW, "main_gpu": 0, "tensor_split": [3.0, 1.0]}
+    llm = Llama(model_path, **split, louver=CONFIG, vocab_only=True, verbose=False)
+    params = llm.model_params
+    assert (params.n_gpu_layers, params.split_mode) == (0, llama_cpp.LLAMA_SPLIT_MODE_ROW)
+    assert llm.tensor_split == [3.0, 1.0] and params.tensor_split[:2] == [3.0, 1.0]
+    llm.close()
 
 
 def test_close_twice(model_path: str) -> None:

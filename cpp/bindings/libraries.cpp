@@ -33,9 +33,27 @@ void bind_libraries(nb::module_ & m) {
         nb::sig("def loaded_libraries() -> dict[str, str]"), "Versions and paths of the libraries in this process.");
     m.def(
         "attach", &attach,
-        "Register our attention with ggml-cpu, once per process.\n\n"
+        "Register our attention with ggml-cpu, and with ggml-cuda where that is built in, once per process.\n\n"
         "Raises LibraryMismatch if the llama.cpp in this process is not the one we were built with, and ValueError if LOUVER_ISA "
         "names an instruction set this machine lacks.");
+    m.def("has_cuda", &has_cuda, "Whether this build has CUDA kernels (-DLOUVER_CUDA=ON).");
+    m.def(
+        "devices",
+        [] {
+            nb::list all;
+            for (const DeviceInfo & device : devices()) {
+                nb::dict d;
+                d["id"] = device.id;
+                d["name"] = device.name;
+                d["capability"] = device.capability;
+                d["in_the_way"] = device.refusal.empty() ? nb::object(nb::none()) : nb::object(nb::cast(device.refusal));
+                all.append(d);
+            }
+            return all;
+        },
+        nb::sig("def devices() -> list[dict[str, object]]"),
+        "The CUDA devices; empty in a build without CUDA. Each has its \"id\" (int), \"name\", \"capability\" (\"9.0\"), and in "
+        "\"in_the_way\" why our kernels cannot run there, None where they can.");
     m.def("available_isas", &available_isas, "Instruction sets the kernels can use here, best first.");
     m.def("isa", &active_isa, "The instruction set the kernels use. Raises ValueError for a bad LOUVER_ISA.");
 }

@@ -37,6 +37,8 @@ void apply(RuntimeConfig & config, const nb::kwargs & arguments) {
             config.decode.check = nb::cast<bool>(value);
         } else if (name == "min_context") {
             config.min_context = nb::cast<int64_t>(value);
+        } else if (name == "min_context_gpu") {
+            config.min_context_gpu = nb::cast<int64_t>(value);
         } else if (name == "enabled") {
             config.enabled = nb::cast<bool>(value);
         } else if (name == "n_ctx") {
@@ -51,6 +53,7 @@ nb::dict config_dict(const RuntimeConfig & config) {
     nb::dict d;
     d["epsilon"] = config.decode.epsilon;
     d["min_context"] = config.min_context;
+    d["min_context_gpu"] = config.min_context_gpu;
     d["sinks"] = config.decode.sinks;
     d["recent"] = config.decode.recent;
     d["certified"] = config.decode.certified;
@@ -126,6 +129,7 @@ nb::dict stats_dict(const Stats & s) {
     d["reasons"] = reasons;
     d["n_queries"] = s.n_queries;
     d["heads_uniform"] = s.heads_uniform;
+    d["heads_in_full"] = s.heads_in_full;
     d["keys_visible"] = s.keys_visible;
     d["keys_scanned"] = s.keys_scanned;
     d["keys_attended"] = s.keys_attended;
@@ -153,9 +157,9 @@ void bind_runtime(nb::module_ & m) {
                 apply(config, settings);
                 new (self) Runtime(config);
             },
-            nb::sig("def __init__(self, *, epsilon: float = 0.05, min_context: int = 1024, sinks: int = 4, recent: int = 64, "
-                    "certified: "
-                    "bool = True, compensate: bool = True, enabled: bool = True, check: bool = False, n_ctx: int = 0) -> None"),
+            nb::sig("def __init__(self, *, epsilon: float = 0.05, min_context: int = 1024, min_context_gpu: int = 16384, "
+                    "sinks: int = 4, recent: int = 64, certified: bool = True, compensate: bool = True, enabled: bool = True, "
+                    "check: bool = False, n_ctx: int = 0) -> None"),
             "n_ctx: cells per stream of the context's full cache, by which sliding-window caches are told apart; 0 if unknown.")
         .def(
             "configure",
@@ -164,9 +168,9 @@ void bind_runtime(nb::module_ & m) {
                 apply(config, settings);
                 self.configure(config);
             },
-            nb::sig("def configure(self, *, epsilon: float = ..., min_context: int = ..., sinks: int = ..., recent: int = ..., "
-                    "certified: bool = ..., compensate: bool = ..., enabled: bool = ..., check: bool = ..., n_ctx: int = ...) -> "
-                    "None"),
+            nb::sig("def configure(self, *, epsilon: float = ..., min_context: int = ..., min_context_gpu: int = ..., "
+                    "sinks: int = ..., recent: int = ..., certified: bool = ..., compensate: bool = ..., enabled: bool = ..., "
+                    "check: bool = ..., n_ctx: int = ...) -> None"),
             "Change settings between decodes; those not named keep their value.")
         .def(
             "config", [](const Runtime & self) { return config_dict(self.config()); },

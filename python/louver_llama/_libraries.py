@@ -19,7 +19,7 @@ from .errors import LibraryMismatchError
 __all__ = ["LIBRARY_FOLDER", "core", "llama_cpp"]
 
 _PATH_VARIABLE = "LLAMA_CPP_LIB_PATH"
-_NAMES = ("libggml-base.so", "libggml-cpu.so", "libggml.so", "libllama.so")
+_NAMES = ("libggml-base.so", "libggml-cpu.so", "libggml-cuda.so", "libggml.so", "libllama.so")
 
 
 def _library_folder() -> Path:

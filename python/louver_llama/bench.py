@@ -19,7 +19,7 @@ from .bench_plot import check_plot, plot
 from .bench_progress import Watch
 from .bench_report import Report
 from .bench_run import measure
-from .cli_options import rope_settings
+from .cli_options import offload, rope_settings
 from .config import LouverConfig
 from .machine import this_machine, this_software
 from .model_file import check_model_file, explained_load
@@ -76,6 +76,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         n_ubatch=options.ubatch_size,
         swa_full=options.swa_full,
         rope=rope_settings(options),
+        offload=offload(options),
         state_folder=folder,
         machine=this_machine(),
         software=this_software(),
@@ -101,6 +102,7 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
         LouverConfig(
             epsilon=epsilon,
             min_context=options.min_context,
+            min_context_gpu=options.min_context_gpu,
             sinks=options.sinks,
             recent=options.recent,
             guarantee=options.guarantee,

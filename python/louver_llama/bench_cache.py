@@ -11,23 +11,31 @@ from .config import LouverConfig
 from .llama import Llama
 
 _SEQUENCE = 0
-_SERVED_TOKENS = 16  # kMaxTokens of the extension: a step of more is stock's
+_SERVED_TOKENS = 16  # the most of a step that is not stock's, on the CPU; on a GPU it is 4
 
 
 class FilledCache:
     """The context of ``llm``, holding the first ``depth`` of ``tokens``.
 
     n_threads: threads of filling.
+    min_context_gpu: the contenders': cells from which a GPU's cache is to have an index.
     states: where filled caches are kept for the next run; None for nowhere.
     """
 
     def __init__(
-        self, llm: Llama, tokens: Sequence[int], n_threads: int, states: StateFolder | None, watch: Watch
+        self,
+        llm: Llama,
+        tokens: Sequence[int],
+        n_threads: int,
+        min_context_gpu: int,
+        states: StateFolder | None,
+        watch: Watch,
     ) -> None:
         self.llm = llm
         self.tokens = tokens
         self.depth = 0
         self._n_threads = n_threads
+        self._min_context_gpu = min_context_gpu
         self._states = states
         self._watch = watch
 
@@ -75,7 +83,9 @@ class FilledCache:
             end = min(self.llm.n_tokens + self.llm.context_params.n_ubatch, depth)
             step = self.tokens[self.llm.n_tokens : end]
             # Enabled, the index is built on the way; but stock is to attend, to short steps too.
-            self.llm.louver = LouverConfig(enabled=len(step) > _SERVED_TOKENS)
+            self.llm.louver = LouverConfig(
+                enabled=len(step) > _SERVED_TOKENS, min_context_gpu=self._min_context_gpu
+            )
             self.llm.eval(step)
             llama_cpp.llama_synchronize(self.llm.ctx)
             if advance is not None:

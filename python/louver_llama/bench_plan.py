@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .cli_options import Offload
 from .config import LouverConfig
 from .machine import Machine, Software
 
@@ -75,6 +76,7 @@ class Plan:
     n_ubatch: int
     swa_full: bool
     rope: dict[str, Any]
+    offload: Offload
     state_folder: Path | None
     machine: Machine
     software: Software

@@ -30,6 +30,10 @@ class Setting:
     type_v: str
     swa_full: bool
     rope: dict[str, Any]
+    n_gpu_layers: int
+    split_mode: str
+    main_gpu: int
+    tensor_split: list[float] | None
 
 
 @dataclass(frozen=True)

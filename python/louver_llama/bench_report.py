@@ -58,7 +58,9 @@ def _write_csv(records: Sequence[Record], stream: TextIO) -> None:
 def _write_markdown(records: Sequence[Record], stream: TextIO) -> None:
     console = Console(file=stream, width=_WIDE, highlight=False, markup=False, emoji=False, no_color=True)
     first = records[0]
-    console.print(f"`{first.command}`\n\n{first.machine}; {first.software}\n")
+    console.print(
+        f"`{first.command}`\n\n{first.machine}; {first.software}; n_gpu_layers {first.setting.n_gpu_layers}\n"
+    )
     with_quality = any(record.distance.quality_steps for record in records)
     columns = ["model", "cache", "threads", "test", "attention", "ms/token", "t/s", "x stock", "keys"]
     columns += ["KL", "KL 95 %", "top-1"] if with_quality else []

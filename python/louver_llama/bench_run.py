@@ -48,6 +48,7 @@ def _load(plan: Plan, text: Text, types: tuple[str, str]) -> Llama:
         type_v=CACHE_TYPES[types[1]],
         swa_full=plan.swa_full,
         verbose=False,
+        **plan.offload.settings,
         **plan.rope,
     )
 
@@ -115,9 +116,17 @@ class _Bench:
         self.setting = _setting(plan, text, types, llm)
         states = None
         if plan.state_folder is not None:
-            settings = {"types": types, "rope": plan.rope, "swa_full": plan.swa_full}
+            # What a GPU puts into the cache is rounded in another way.
+            settings = {
+                "types": types,
+                "rope": plan.rope,
+                "swa_full": plan.swa_full,
+                "offload": vars(plan.offload),
+                "gpu_info": plan.machine.gpu_info if plan.offload.n_gpu_layers else "",
+            }
             states = StateFolder(plan.state_folder, settings)
-        self.cache = FilledCache(llm, text.tokens, max(plan.n_threads), states, watch)
+        min_context_gpu = plan.contenders[0].config.min_context_gpu
+        self.cache = FilledCache(llm, text.tokens, max(plan.n_threads), min_context_gpu, states, watch)
 
     def run(self) -> Iterator[Record]:
         """All depths, from the shallowest on."""
@@ -232,4 +241,5 @@ def _setting(plan: Plan, text: Text, types: tuple[str, str], llm: Llama) -> Sett
         type_v=types[1],
         swa_full=plan.swa_full,
         rope=plan.rope,
+        **vars(plan.offload),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -17,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = _parser().parse_args(given, argparse.Namespace(arguments=given))
-        return _command(options.command)(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _command(options.command)(options)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -29,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename is not None else error)
     except (ImportError, LibraryMismatchError, ValueError) as error:
         return _refuse(error)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"louver-llama: warning: {message}", file=sys.stderr)
 
 
 def _refuse(why: object) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 from . import __version__
 from ._libraries import LIBRARY_FOLDER, core, llama_cpp
+from .cli_options import Offload, offload
 from .config import LouverConfig
+from .gpus import gpus
 from .llama import Llama
 
 SERVED = (
@@ -32,6 +34,24 @@ LEFT_TO_STOCK = {
     "not_finite": "a NaN, an infinity or an overflow among queries, keys, values or scores",
 }
 
+SERVED_ON_A_GPU = (
+    "decode steps of up to 4 tokens per stream of the cache, from min_context_gpu cells in use on, with flash attention",
+    "caches of type f16, bf16, f32 and q8_0, keys and values of the same; head dims of 8, 16, ... 256",
+)
+LEFT_TO_STOCK_ON_A_GPU = {
+    **{
+        reason: LEFT_TO_STOCK[reason]
+        for reason in ("disabled", "sliding_window", "alibi", "soft_cap", "sinks", "mla", "n_kv_max")
+    },
+    "prefill": "batches of more than 4 tokens per stream of the cache, or of more than 64 in all",
+    "below_min_context": "fewer cells in use than LouverConfig.min_context_gpu, on the command line --min-context-gpu",
+    "cache_type": "any other type of cache",
+    "head_dim": "any other head dim",
+    "layout": "tensors that do not lie as llama.cpp's KV cache does on the GPU that attends",
+    "device": "a GPU of a compute capability below 8.0",
+    "device_memory": "the index does not fit into what is left of the GPU's memory",
+}
+
 
 def info(options: argparse.Namespace) -> int:
     """Carry out the command; returns its exit status."""
@@ -46,12 +66,14 @@ def info(options: argparse.Namespace) -> int:
             "available": core.available_isas(),
             "LOUVER_ISA": os.environ.get("LOUVER_ISA"),
         },
+        "cuda": _cuda(),
     }
     if options.model is None:
         found["louver_serves"] = SERVED
         found["stock_serves"] = LEFT_TO_STOCK
+        found["cuda"] |= {"louver_serves": SERVED_ON_A_GPU, "stock_serves": LEFT_TO_STOCK_ON_A_GPU}
     else:
-        found["model"] = _model(options.model)
+        found["model"] = _model(options.model, offload(options))
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -59,23 +81,44 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _model(path: str) -> dict[str, Any]:
+def _cuda() -> dict[str, Any]:
+    return {
+        "built_in": core.has_cuda(),
+        "devices": [
+            {
+                "id": gpu.id,
+                "name": gpu.name,
+                "compute_capability": gpu.capability,
+                "louver_serves": gpu.in_the_way is None,
+                "in_the_way": gpu.in_the_way,
+            }
+            for gpu in gpus()
+        ],
+    }
+
+
+def _model(path: str, where: Offload) -> dict[str, Any]:
     """The model's shape, and which path each of its layers takes, found by running two decode steps."""
-    llm = _loaded(path, n_ctx=256)
+    llm = _loaded(path, where, n_ctx=256)
     try:
         window = llama_cpp.llama_model_n_swa(llm.model)
         if window:
             # A window shows only in a context that is larger.
             llm.close()
-            llm = _loaded(path, n_ctx=window + 1024)
-        return {"file": path, **_shape(llm, window), "attention_layers": _paths(llm)}
+            llm = _loaded(path, where, n_ctx=window + 1024)
+        return {
+            "file": path,
+            **_shape(llm, window),
+            "n_gpu_layers": where.n_gpu_layers,
+            "attention_layers": _paths(llm),
+        }
     finally:
         llm.close()
 
 
-def _loaded(path: str, n_ctx: int) -> Llama:
-    everywhere = LouverConfig(min_context=0)
-    return Llama(path, louver=everywhere, n_ctx=n_ctx, swa_full=False, verbose=False)
+def _loaded(path: str, where: Offload, n_ctx: int) -> Llama:
+    everywhere = LouverConfig(min_context=0, min_context_gpu=0)
+    return Llama(path, louver=everywhere, n_ctx=n_ctx, swa_full=False, verbose=False, **where.settings)
 
 
 def _shape(llm: Llama, window: int) -> dict[str, Any]:
@@ -111,10 +154,11 @@ def _paths(llm: Llama) -> dict[str, Any]:
     for _ in range(n_steps):
         llm.eval([max(llm.token_bos(), 0)])
     stats = llm.louver_stats()
+    why = LEFT_TO_STOCK | LEFT_TO_STOCK_ON_A_GPU
     return {
         "louver": stats["attention"]["louver"] // n_steps,
         "stock": {
-            reason: {"layers": n // n_steps, "why": LEFT_TO_STOCK[reason]}
+            reason: {"layers": n // n_steps, "why": why[reason]}
             for reason, n in stats["reasons"]["stock"].items()
         },
     }
@@ -125,6 +169,9 @@ def _print(found: dict[str, Any], indent: str = "") -> None:
         if isinstance(value, dict) and value:
             print(f"{indent}{name}:")
             _print(value, indent + "  ")
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
+            for item in value:
+                _print({name: item}, indent)
         elif isinstance(value, (list, tuple)) and any(" " in item for item in value):
             print(f"{indent}{name}:", *value, sep=f"\n{indent}  ")
         else:
@@ -133,5 +180,5 @@ def _print(found: dict[str, Any], indent: str = "") -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(value)
+        return ", ".join(value) or "none"
     return "none" if value in (None, {}) else str(value)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .config import LouverConfig
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # ggml_type
+SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}  # llama_split_mode
 ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2}  # llama_rope_scaling_type
 CONTENDERS = ("stock", "dense", "louver")  # of the benchmark, in the order in which they take turns
 
@@ -26,6 +28,26 @@ def threads(options: argparse.Namespace) -> tuple[int, int]:
     """What -t and -tb say; without them every processor that this process may use."""
     n_threads = options.threads if options.threads > 0 else len(os.sched_getaffinity(0))
     return n_threads, options.threads_batch if options.threads_batch > 0 else n_threads
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What goes to which GPU."""
+
+    n_gpu_layers: int
+    split_mode: str
+    main_gpu: int
+    tensor_split: list[float] | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same as arguments of ``Llama``."""
+        return {**vars(self), "split_mode": SPLIT_MODES[self.split_mode]}
+
+
+def offload(options: argparse.Namespace) -> Offload:
+    """What the options of GPUs say."""
+    return Offload(options.n_gpu_layers, options.split_mode, options.main_gpu, options.tensor_split)
 
 
 def rope_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -45,6 +67,7 @@ def rope_settings(options: argparse.Namespace) -> dict[str, Any]:
 def add_info_options(info: argparse.ArgumentParser) -> None:
     """Give ``info`` its options."""
     info.add_argument("-m", "--model", metavar="FNAME", help="GGUF file to try: two decode steps are run")
+    _add_offload(info)
     info.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -52,6 +75,7 @@ def add_demo_options(demo: argparse.ArgumentParser) -> None:
     """Give ``demo`` its options."""
     demo.add_argument("-m", "--model", metavar="FNAME", help="GGUF file (default: SmolLM2-135M-Instruct)")
     _add_threads(demo)
+    _add_offload(demo)
     _add_louver(demo)
 
 
@@ -60,6 +84,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     _add_prompt(run)
     _add_context(run)
     _add_sampling(run)
+    _add_offload(run)
     add_rope(run)
     _add_louver(run)
     run.add_argument("--no-louver", dest="enabled", action="store_false", help="stock attention only")
@@ -104,6 +129,7 @@ def add_bench_options(bench: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="progress on stderr (default: where that is a terminal)",
     )
+    _add_offload(bench)
     add_rope(bench)
     _add_louver(bench, epsilons=True)
 
@@ -128,7 +154,6 @@ def _add_context(run: argparse.ArgumentParser) -> None:
     _value(run, "-b --batch-size", _integer(1), 2048, "logical batch")
     _value(run, "-ub --ubatch-size", _integer(1), 512, "physical batch")
     _add_threads(run)
-    _value(run, "-ngl --n-gpu-layers", int, 0, "layers on the GPU")
     for flags, what in (("-ctk --cache-type-k", "keys"), ("-ctv --cache-type-v", "values")):
         run.add_argument(
             *flags.split(), choices=CACHE_TYPES, default="f16", help=f"type of the cached {what}"
@@ -142,6 +167,18 @@ def _add_context(run: argparse.ArgumentParser) -> None:
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     _value(parser, "-t --threads", int, -1, "threads, -1 for all processors")
     _value(parser, "-tb --threads-batch", int, -1, "threads of the prefill, -1 for as many")
+
+
+def _add_offload(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("GPU")
+    _value(
+        group, "-ngl --n-gpu-layers --gpu-layers", _layers, 0, "layers on the GPU, -1 or all for all of them"
+    )
+    text = "how several GPUs share the model (default: %(default)s)"
+    group.add_argument("-sm", "--split-mode", choices=SPLIT_MODES, default="layer", help=text)
+    text = "the GPUs' shares of it (default: by their free memory)"
+    group.add_argument("-ts", "--tensor-split", metavar="N,...", type=_shares, help=text)
+    _value(group, "-mg --main-gpu", _integer(0), 0, "the GPU of -sm none, and of the rest in -sm row")
 
 
 def _add_sampling(run: argparse.ArgumentParser) -> None:
@@ -183,6 +220,8 @@ def _add_louver(parser: argparse.ArgumentParser, *, epsilons: bool = False) -> N
     else:
         _value(group, "--epsilon", float, default.epsilon, text)
     _value(group, "--min-context", int, default.min_context, "cells below which all are attended")
+    text = "the same on a GPU, by stock's kernel"
+    _value(group, "--min-context-gpu", int, default.min_context_gpu, text)
     _value(group, "--sinks", int, default.sinks, "first cells, always attended")
     _value(group, "--recent", int, default.recent, "newest cells, always attended")
     guarantees = ("certified", "estimated")
@@ -217,6 +256,26 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
             raise argparse.ArgumentTypeError(f"must be numbers with commas between, not {text!r}") from None
 
     return values
+
+
+def _layers(text: str) -> int:
+    try:
+        value = -1 if text == "all" else int(text)
+    except ValueError:
+        value = -2
+    if not -1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a number of layers, -1 or all, not {text!r}")
+    return value
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [_number(0)(share) for share in re.split("[,/]", text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, not {text!r}") from None
+    if not any(shares):
+        raise argparse.ArgumentTypeError(f"must give one GPU at least a share above 0, not {text!r}")
+    return shares
 
 
 def _one_of(names: Iterable[str]) -> Callable[[str], str]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ._libraries import llama_cpp
 from .chat import chat_tokens, is_end
-from .cli_options import CACHE_TYPES, louver_config, rope_settings, threads
+from .cli_options import CACHE_TYPES, louver_config, offload, rope_settings, threads
 from .llama import Llama
 from .models import default_model_path
 from .prefill import prefill
@@ -184,13 +184,13 @@ def _load(options: argparse.Namespace, console: Console) -> Llama:
         n_ubatch=options.ubatch_size,
         n_threads=n_threads,
         n_threads_batch=n_threads_batch,
-        n_gpu_layers=options.n_gpu_layers,
         type_k=CACHE_TYPES[options.cache_type_k],
         type_v=CACHE_TYPES[options.cache_type_v],
         swa_full=options.swa_full,
         use_mmap=not options.no_mmap,
         use_mlock=options.mlock,
         seed=options.seed if options.seed >= 0 else llama_cpp.LLAMA_DEFAULT_SEED,
+        **offload(options).settings,
         **rope_settings(options),
         verbose=options.verbose,
     )

@@ -16,6 +16,8 @@ class LouverConfig:
 
     epsilon: bound on the softmax mass dropped per head and step, in [0, 1); 0 is dense attention.
     min_context: visible cells below which all of them are attended, by our own dense kernel.
+    min_context_gpu: the same for layers on a GPU, where it is stock's kernel that attends: the index pays later
+        there. It is compared with the cells in use, which llama.cpp rounds up to a multiple of 256.
     sinks: how many of the first cells are always attended.
     recent: how many of the newest cells are always attended.
     guarantee: "certified" proves the bound for every head and step; "estimated" aims at it without proof.
@@ -28,6 +30,7 @@ class LouverConfig:
 
     epsilon: float = 0.05
     min_context: int = 1024
+    min_context_gpu: int = 16384
     sinks: int = 4
     recent: int = 64
     guarantee: Literal["certified", "estimated"] = "certified"
@@ -37,7 +40,7 @@ class LouverConfig:
 
     def __post_init__(self) -> None:
         _check("epsilon", self.epsilon, Real, "a number in [0, 1)", lambda epsilon: 0 <= epsilon < 1)
-        for name in ("min_context", "sinks", "recent"):
+        for name in ("min_context", "min_context_gpu", "sinks", "recent"):
             wanted = f"an integer in [0, {MAX_CELLS}]"
             _check(name, getattr(self, name), Integral, wanted, lambda cells: 0 <= cells <= MAX_CELLS)
         wanted = '"certified" or "estimated"'

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .chat import chat_tokens, is_end
-from .cli_options import louver_config, threads
+from .cli_options import louver_config, offload, threads
 from .llama import Llama
 from .models import default_model_path
 from .prefill import prefill
@@ -58,7 +58,13 @@ def demo(options: argparse.Namespace) -> int:
     config = louver_config(options)
     n_threads, n_threads_batch = threads(options)
     llm = Llama(
-        path, louver=config, n_ctx=8192, n_threads=n_threads, n_threads_batch=n_threads_batch, verbose=False
+        path,
+        louver=config,
+        n_ctx=8192,
+        n_threads=n_threads,
+        n_threads_batch=n_threads_batch,
+        **offload(options).settings,
+        verbose=False,
     )
     try:
         tokens = chat_tokens(llm, [{"role": "user", "content": f"{_long_text(llm)}\n\n{_QUESTION}"}])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from ._libraries import core, llama_cpp
 from .config import LouverConfig
 from .errors import PromptTooLongError
+from .gpus import gpu_obstacle
 from .model_file import check_model_file, explained_load
 from .stats import LouverStats
 
@@ -35,6 +37,7 @@ class Llama(llama_cpp.Llama):
         louver: LouverConfig | None = None,
         flash_attn: bool = True,
         n_ctx: int = 512,
+        n_gpu_layers: int = 0,
         **kwargs: Any,
     ) -> None:
         """Load the model in the GGUF file ``model_path``.
@@ -42,9 +45,12 @@ class Llama(llama_cpp.Llama):
         louver: Louver's settings; None for the defaults.
         flash_attn: False is accepted with ``LouverConfig(enabled=False)`` only.
         n_ctx: cells of the context, rounded up to a multiple of 256 as llama.cpp does; 0 for the model's own.
-        kwargs: all else that llama_cpp.Llama takes.
+        n_gpu_layers: how many layers go to the GPU with their cache, -1 for all. Louver attends where the cache
+            is: with ``offload_kqv=False`` it stays in host memory, and the CPU attends.
+        kwargs: all else that llama_cpp.Llama takes, as split_mode, main_gpu and tensor_split for several GPUs.
 
-        Raises ModelFileError for a file that is not a whole GGUF model, ModelNotFoundError if there is none,
+        Warns (RuntimeWarning) where ``n_gpu_layers`` asks for a GPU and none can be used: llama.cpp then runs the
+        model on the CPU. Raises ModelFileError for a file that is not a whole GGUF model, ModelNotFoundError if there is none,
         and ValueError for settings that cannot work together.
         """
         self._stack = contextlib.ExitStack()  # close() needs it, even where we get no further
@@ -52,10 +58,13 @@ class Llama(llama_cpp.Llama):
         self._flash_attn = flash_attn
         config = self._accepted(louver if louver is not None else LouverConfig())
         check_model_file(path)
+        if n_gpu_layers != 0 and (obstacle := gpu_obstacle()) is not None:
+            warning = f"n_gpu_layers={n_gpu_layers}: {obstacle}; the model runs on the CPU"
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)
         with explained_load(path):
             # llama_cpp sizes its arrays by what it was asked for, and fails when the larger context fills up.
             cells = -(-n_ctx // _CELLS_STEP) * _CELLS_STEP
-            super().__init__(path, flash_attn=flash_attn, n_ctx=cells, **kwargs)
+            super().__init__(path, flash_attn=flash_attn, n_ctx=cells, n_gpu_layers=n_gpu_layers, **kwargs)
         self._louver = config
         self._runtime = core.Runtime(n_ctx=self.n_ctx(), **_runtime_settings(config))
         _decode_inside(self._runtime, self._ctx)
@@ -124,6 +133,7 @@ def _runtime_settings(config: LouverConfig) -> dict[str, Any]:
     return {
         "epsilon": float(config.epsilon),
         "min_context": int(config.min_context),
+        "min_context_gpu": int(config.min_context_gpu),
         "sinks": int(config.sinks),
         "recent": int(config.recent),
         "certified": config.guarantee == "certified",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import __version__
 from ._libraries import core
+from .gpus import gpus
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,17 @@ class Machine:
     n_cpus: int
     memory_bytes: int
     system: str
+    gpu_info: str  # the names of the GPUs that the process may use, "" for none
 
     def __str__(self) -> str:
-        return f"{self.cpu_info}, {self.n_cpus} CPUs, {self.memory_bytes / 2**30:.1f} GiB, {self.system}"
+        parts = (
+            self.cpu_info,
+            f"{self.n_cpus} CPUs",
+            f"{self.memory_bytes / 2**30:.1f} GiB",
+            self.gpu_info,
+            self.system,
+        )
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,12 @@ class Software:
     ggml: str
     python: str
     isa: str
+    backends: str  # what llama.cpp was built with besides the CPU; "CPU" for nothing
 
     def __str__(self) -> str:
+        kernels = self.isa if self.backends == "CPU" else f"{self.isa}, {self.backends}"
         return (
-            f"kernels: {self.isa}; louver-llama {self.louver_llama}, llama.cpp {self.build_commit} "
+            f"kernels: {kernels}; louver-llama {self.louver_llama}, llama.cpp {self.build_commit} "
             f"(ggml {self.ggml}), llama-cpp-python {self.llama_cpp_python}, Python {self.python}"
         )
 
@@ -51,6 +62,7 @@ def this_software() -> Software:
         ggml=core.PIN["ggml"],
         python=platform.python_version(),
         isa=core.isa(),
+        backends="CUDA" if core.has_cuda() else "CPU",
     )
 
 
@@ -61,6 +73,7 @@ def this_machine() -> Machine:
         n_cpus=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         system=f"{platform.system()} {platform.release()}",
+        gpu_info=", ".join(gpu.name for gpu in gpus()),
     )
 
 

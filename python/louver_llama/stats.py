@@ -60,6 +60,9 @@ class LouverStats(TypedDict):
     reasons: dict[str, dict[str, int]]
     n_queries: int
     heads_uniform: int  # of n_queries: attended to all keys without a scan, because that was cheaper
+    heads_in_full: (
+        int  # the same on a GPU, because of a number that is not finite or too large, or of the mask
+    )
     keys_visible: int
     keys_scanned: int
     keys_attended: int

@@ -12,6 +12,7 @@ constexpr int kWarps = 8;
 struct Shared {
     PartialHead head[kWarps][kMaxShared];
     float output[kWarps][kMaxShared][kMaxKernelDim];
+    int counts[kWarps];
     // Behind it, [n_group * n_select + 1]: survivors before each part of the list.
 };
 
@@ -33,6 +34,17 @@ template <int n, int width> __device__ __forceinline__ float transposed_sum(floa
         values[0] += __shfl_xor_sync(~0u, values[0], bit);
     }
     return values[0];
+}
+
+template <DType type> __device__ __forceinline__ int bytes_of(int dim) {
+    return type == DType::f32 ? dim * 4 : type == DType::q8_0 ? dim / 32 * 34 : dim * 2;
+}
+
+__device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
+    constexpr int kLine = 128;
+    for (int first = 0; first < bytes; first += kLine) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + first));
+    }
 }
 
 // width: lanes to a row; n_most: queries to a group.
@@ -73,6 +85,13 @@ template <DType type, int width, int n_most> struct Worker {
     // Up to 32 cells, of which this lane holds the lane % width * kRows + lane / width-th; -1: none.
     __device__ void attend(int64_t first_row, int kv_head, int cell, const std::byte * mask) {
         float score[n_most];
+        // The values and the later keys come to L2 while the first keys are on their way here.
+        if (cell >= 0) {
+            if (lane % width >= kAhead) {
+                prefetch_row(p.keys.row(first_row + cell, kv_head), bytes_of<type>(p.keys.dim));
+            }
+            prefetch_row(p.values.row(first_row + cell, kv_head), bytes_of<type>(p.values.dim));
+        }
 #pragma unroll
         for (int first = 0; first < width; first += kAhead) {
             Eight<type> rows[kAhead];
@@ -186,6 +205,35 @@ template <DType type, int width, int n_most> struct Worker {
     }
 };
 
+// The survivors before each of the list's parts, by a whole thread block.
+__device__ __forceinline__ void count_before(const Problem & p, int * before, int (&counts)[kWarps]) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int n_parts = p.n_group * p.n_select;
+    const int own = (n_parts + kWarps * 32 - 1) / (kWarps * 32);
+    const int first = min(thread * own, n_parts);
+    const int last = min(first + own, n_parts);
+    int sum = 0;
+    for (int part = first; part < last; ++part) {
+        sum += p.n_survivors[part];
+    }
+    int place = exclusive_sum(sum);
+    if (thread % 32 == 31) {
+        counts[thread / 32] = place + sum;
+    }
+    __syncthreads();
+    for (int w = 0; w < thread / 32; ++w) {
+        place += counts[w];
+    }
+    for (int part = first; part < last; ++part) {
+        before[part] = place;
+        place += p.n_survivors[part];
+    }
+    if (thread == kWarps * 32 - 1) {
+        before[n_parts] = place;
+    }
+    __syncthreads();
+}
+
 template <DType type, int width, int n_most> __global__ void __launch_bounds__(kWarps * 32, n_most <= 4 ? 2 : 1)
     attend(const __grid_constant__ Problem p) {
     extern __shared__ std::byte memory[];
@@ -194,21 +242,12 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_parts = p.n_group * p.n_select;
-    if (warp == 0) {
-        int sum = 0;
-        for (int first = 0; first < n_parts; first += 32) {
-            const int n = first + lane < n_parts ? p.n_survivors[first + lane] : 0;
-            const int place = sum + exclusive_sum(n);
-            if (first + lane < n_parts) {
-                before[first + lane] = place;
-            }
-            sum += __reduce_add_sync(~0u, n);
-        }
-        if (lane == 0) {
-            before[n_parts] = sum;
+    count_before(p, before, s.counts);
+    if (blockIdx.x == 0) {
+        for (int group = static_cast<int>(threadIdx.x); group <= p.n_group; group += kWarps * 32) {
+            p.group_begin[group] = before[group * p.n_select];
         }
     }
-    __syncthreads();
     const int64_t total = before[n_parts];
     const int64_t n_workers = static_cast<int64_t>(p.n_attend) * kWarps;
     const int64_t block_begin = share_begin(total, blockIdx.x, p.n_attend);

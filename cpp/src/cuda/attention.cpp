@@ -229,7 +229,7 @@ struct Grids {
     int n_attend;
 };
 Grids grids_of(int n_processors, int n_group, int n_blocks) {
-    const int full = 2 * n_processors;
+    const int full = std::min(2 * n_processors, kMaxShares);
     const int most = std::max(1, (n_blocks + 7) / 8);  // a block to each of 8 warps
     const int share = std::clamp(full / n_group, 1, most);
     return {share, share, full};
@@ -337,6 +337,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.n_survivors = parts.take<int32_t>(g * n_select);
+    p.group_begin = parts.take<int32_t>(g + 1);
     p.dropped = parts.take<float>(q * n_select);
     p.compensation = parts.take<float>(q * n_select);
     p.value_norm = parts.take<float>(g * n_select);

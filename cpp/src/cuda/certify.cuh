@@ -10,8 +10,9 @@
 namespace louver::cuda {
 
 // The weight at the upper edge of a bin, relative to the reference.
+inline constexpr float kEdgeFactor = 1.0f + 0x1p-20f;  // for the error of exp2_fast
 __device__ __forceinline__ float upper_edge(int bin) {
-    return exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave)) * (1.0f + 0x1p-20f);
+    return exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave)) * kEdgeFactor;
 }
 
 // What a cell of a bin weighs on average, as part of the edge: the mean of 2^(-f / 8) over f in [0, 1].
@@ -31,39 +32,6 @@ __device__ inline float tau_of(int threshold, float reference, float to_log2) {
 // How far a float32 dot product is from the exact one at most, in log2 units.
 __device__ inline double score_error(float query_norm, float key_norm, int dim, float to_log2) {
     return (2.0 * dim + 16.0) * static_cast<double>(kUnit) * query_norm * key_norm * to_log2;
-}
-
-// Survivors before a group, of it, and of all, by a whole thread block; a barrier is in it.
-struct Survivors {
-    int64_t begin;
-    int64_t end;
-    int64_t all;
-};
-
-__device__ inline Survivors survivors_of(const Problem & p, int group, int64_t (&shared)[3]) {
-    if (threadIdx.x < 3) {
-        shared[threadIdx.x] = 0;
-    }
-    __syncthreads();
-    int before = 0;
-    int own = 0;
-    int all = 0;
-    for (int i = static_cast<int>(threadIdx.x); i < p.n_group * p.n_select; i += static_cast<int>(blockDim.x)) {
-        const int n = p.n_survivors[i];
-        before += i < group * p.n_select ? n : 0;
-        own += i / p.n_select == group ? n : 0;
-        all += n;
-    }
-    before = __reduce_add_sync(~0u, before);
-    own = __reduce_add_sync(~0u, own);
-    all = __reduce_add_sync(~0u, all);
-    if (threadIdx.x % 32 == 0) {
-        atomicAdd(reinterpret_cast<unsigned long long *>(&shared[0]), static_cast<unsigned long long>(before));
-        atomicAdd(reinterpret_cast<unsigned long long *>(&shared[1]), static_cast<unsigned long long>(own));
-        atomicAdd(reinterpret_cast<unsigned long long *>(&shared[2]), static_cast<unsigned long long>(all));
-    }
-    __syncthreads();
-    return {shared[0], shared[0] + shared[1], shared[2]};
 }
 
 // Where the share of a worker out of n begins.

@@ -17,11 +17,11 @@ static_assert(kThreads >= kBins && kThreads >= kMaxKernelDim);
 union Shared {
     EncodeShared encode;
     struct {
-        int64_t survivors[3];
         double sums[4][kThreads / 32];
         float norms[2][kThreads / 32];
         float peak[kThreads / 32];
-        float output[2][kMaxKernelDim];
+        float factor[kMaxShares + 2];  // of the shares that may reach into the group
+        alignas(16) float output[kThreads / 32][kMaxKernelDim];
     } combine;
     __device__ Shared() {}
 };
@@ -60,50 +60,24 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     const Sight & sight = p.sight[row];
     const int threshold = p.threshold[query];
     const bool all = threshold == kAttendAll;
-    const Survivors survivors = survivors_of(p, group, s.survivors);
+    const int64_t begin = p.group_begin[group];
+    const int64_t end = p.group_begin[group + 1];
+    const int64_t total = p.group_begin[p.n_group];
 
-    // The shares that reached into this group.
-    const auto begin_of = [&](int64_t block) { return share_begin(survivors.all, block, p.n_attend); };
-    const auto reaches = [&](int64_t block) {
-        return max(begin_of(block), survivors.begin) < min(begin_of(block + 1), survivors.end);
-    };
+    // The shares that reached into this group; at the ends one too many, perhaps.
     int first = 0;
-    int last = -1;
-    if (survivors.begin < survivors.end) {
-        first = max(static_cast<int>(survivors.begin * p.n_attend / survivors.all) - 1, 0);
-        last = min(static_cast<int>(survivors.end * p.n_attend / survivors.all) + 1, p.n_attend - 1);
+    int n_shares = 0;
+    if (begin < end) {
+        first = max(static_cast<int>(begin * p.n_attend / total) - 1, 0);
+        n_shares = min(static_cast<int>(end * p.n_attend / total) + 1, p.n_attend - 1) - first + 1;
     }
     float peak = -infinity();
-    for (int block = first + thread; block <= last; block += kThreads) {
-        if (reaches(block)) {
-            peak = fmaxf(peak, p.partial[static_cast<int64_t>(block + group) * p.n_shared + i].peak);
-        }
-    }
-    peak = largest_of_warp(peak);
-    if (thread % 32 == 0) {
-        s.peak[thread / 32] = peak;
-    }
-    __syncthreads();
-    for (const float part : s.peak) {
-        peak = fmaxf(peak, part);
-    }
-    if (!all) {
-        peak = fmaxf(peak, -100.0f);  // so that what is dropped, relative to the reference, can be put into its unit
-    }
-
     double kept = 0;
     double dropped = 0;
     double compensation = 0;
     float key_norm = 0;
     float value_norm = 0;
     int scanned = 0;
-    for (int block = first + thread; block <= last; block += kThreads) {
-        if (reaches(block)) {
-            const PartialHead head = p.partial[static_cast<int64_t>(block + group) * p.n_shared + i];
-            kept += static_cast<double>(head.kept) *
-                    (head.peak == -infinity() ? 1.0 : static_cast<double>(exp2_fast(head.peak - peak)));
-        }
-    }
     if (!all) {
         for (int part = thread; part < p.n_select; part += kThreads) {
             const int64_t at = static_cast<int64_t>(group) * p.n_select + part;
@@ -116,6 +90,40 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
             scanned += p.scanned[group * p.n_scan + part];
         }
     }
+    constexpr int kOwn = (kMaxShares + 2 + kThreads - 1) / kThreads;
+    PartialHead own[kOwn];
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+        const int at = k * kThreads + thread;
+        const int64_t share = first + at;
+        own[k] = {-infinity(), 0};
+        if (at < n_shares &&
+            max(share_begin(total, share, p.n_attend), begin) < min(share_begin(total, share + 1, p.n_attend), end)) {
+            own[k] = p.partial[(share + group) * p.n_shared + i];
+        }
+        peak = fmaxf(peak, own[k].peak);
+    }
+    peak = largest_of_warp(peak);
+    if (thread % 32 == 0) {
+        s.peak[thread / 32] = peak;
+    }
+    __syncthreads();
+    for (const float part : s.peak) {
+        peak = fmaxf(peak, part);
+    }
+    if (!all) {
+        peak = fmaxf(peak, -100.0f);  // so that what is dropped, relative to the reference, can be put into its unit
+    }
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+        const int at = k * kThreads + thread;
+        // Without a peak it is either nothing or NaN.
+        const float factor = own[k].peak == -infinity() ? 0.0f : exp2_fast(own[k].peak - peak);
+        kept += static_cast<double>(own[k].kept) * (own[k].peak == -infinity() ? 1.0 : static_cast<double>(factor));
+        if (at < n_shares) {
+            s.factor[at] = factor;
+        }
+    }
     add_up(kept, s.sums[0]);
     add_up(dropped, s.sums[1]);
     add_up(compensation, s.sums[2]);
@@ -126,26 +134,33 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
         s.norms[0][thread / 32] = key_norm;
         s.norms[1][thread / 32] = value_norm;
     }
+    __syncthreads();
 
-    // The outputs: half of the threads take every other part.
-    const int half = thread / (kThreads / 2);
-    for (int c = thread % (kThreads / 2); c < dim; c += kThreads / 2) {
-        float sum = 0;
-        for (int block = first + half; block <= last; block += 2) {
-            if (reaches(block)) {
-                const int64_t slot = static_cast<int64_t>(block + group) * p.n_shared + i;
-                const float factor = exp2_fast(p.partial[slot].peak - peak);
-                sum += factor == 0.0f ? 0.0f : p.part[slot * dim + c] * factor;
+    // The outputs: each warp takes some of the shares, each lane 4 channels of them at a time.
+    const int warp = thread / 32;
+    for (int c = thread % 32 * 4; c < dim; c += 128) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        const auto add = [&](const float * part, float factor) {
+            const float4 x = *reinterpret_cast<const float4 *>(part + c);
+            sum.x = fmaf(x.x, factor, sum.x);
+            sum.y = fmaf(x.y, factor, sum.y);
+            sum.z = fmaf(x.z, factor, sum.z);
+            sum.w = fmaf(x.w, factor, sum.w);
+        };
+#pragma unroll 4
+        for (int k = warp; k < n_shares; k += kThreads / 32) {
+            if (s.factor[k] != 0.0f) {
+                add(p.part + ((static_cast<int64_t>(first) + k + group) * p.n_shared + i) * dim, s.factor[k]);
             }
         }
         if (!all && p.compensate) {
-            float added = 0;
-            for (int part = half; part < p.n_select; part += 2) {
-                added += p.added[((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim + c];
+            const float factor = exp2_fast(-peak);
+#pragma unroll 4
+            for (int part = warp; part < p.n_select; part += kThreads / 32) {
+                add(p.added + ((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim, factor);
             }
-            sum += added * exp2_fast(-peak);
         }
-        s.output[half][c] = sum;
+        *reinterpret_cast<float4 *>(&s.output[warp][c]) = sum;
     }
     __syncthreads();
     kept = sum_of(s.sums[0]);
@@ -164,7 +179,11 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     double squared = 0;
     float * output = p.output_of(group, i);
     for (int c = thread; c < dim; c += kThreads) {
-        const float out = (s.output[0][c] + s.output[1][c]) * inverse;
+        float sum = 0;
+        for (const auto & of_warp : s.output) {
+            sum += of_warp[c];
+        }
+        const float out = sum * inverse;
         output[c] = out;
         squared += static_cast<double>(out) * static_cast<double>(out);
     }
@@ -182,7 +201,7 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     certificate.tau = all ? -infinity() : tau_of(threshold, p.reference[query], p.to_log2);
     certificate.n_visible = sight.n_visible;
     certificate.n_scanned = scanned;
-    certificate.n_attended = static_cast<int32_t>(survivors.end - survivors.begin);
+    certificate.n_attended = static_cast<int32_t>(end - begin);
     if (!all && dropped > 0) {
         // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
         // dropped cells leave of the oracle's bound.

@@ -20,6 +20,9 @@ inline constexpr int kReferenceBin = 208;
 
 inline constexpr int kAttendAll = -1;
 
+// The most thread blocks that attend.
+inline constexpr int kMaxShares = 512;
+
 inline constexpr int kProbesFirst = 4;
 inline constexpr int kProbesLast = 12;
 inline constexpr int kProbes = kProbesFirst + kProbesLast;
@@ -133,6 +136,7 @@ struct Problem {
     uint64_t * kept;        // [n_group][n_blocks]
     int32_t * survivors;    // [n_group][n_blocks * 64]: each of n_select parts has the place of its cells
     int32_t * n_survivors;  // [n_group][n_select]
+    int32_t * group_begin;  // [n_group + 1] survivors of all groups before
     float * dropped;        // [n_group][n_select][n_shared] upper bound on what was dropped, relative to the reference
     float * compensation;   // [n_group][n_select][n_shared] weight added back
     float * value_norm;     // [n_group][n_select] of any dropped value

@@ -29,9 +29,9 @@ struct Shared {
     double lower[kWarps][kMaxShared];  // of each warp
     float key_norm[kWarps];
     int scanned[kWarps];
-    int failed;       // before the scan
-    int failed_late;  // while it runs: one flag would be set by warps that are ahead
+    int failed;  // before the scan
 };
+constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
 __device__ __forceinline__ void load_eight(DType type, const std::byte * row, int first, float (&out)[8]) {
     const auto as = [&]<DType t>() {
@@ -74,7 +74,6 @@ __device__ bool begin(const Problem & p, int group, Shared & s) {
     }
     if (threadIdx.x == 0) {
         s.failed = 0;
-        s.failed_late = 0;
     }
     __syncthreads();
     const Sight & sight = p.sight[p.row_of_group(group)];
@@ -123,10 +122,40 @@ __device__ bool begin(const Problem & p, int group, Shared & s) {
     return s.failed == 0;
 }
 
-__device__ __forceinline__ uint4 load_codes(const uint4 * at) {  // read once: not worth a place in L1
-    uint4 x;
-    asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
-    return x;
+// One block of the index, on its way into shared memory while its warp works on the block before. What a lane reads of the codes
+// it copied itself.
+template <int n_tiles> struct Stage {
+    uint4 codes[4 * n_tiles][32];
+    uint4 grid[8 * n_tiles];  // centres, then steps, in the order of grid_position
+    float bounds[sizeof(BlockBounds) / sizeof(float)];
+};
+
+template <int bytes> __device__ __forceinline__ void copy_async(void * to, const void * from) {
+    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    if constexpr (bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(bytes) : "memory");
+    }
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+template <int n_tiles> __device__ __forceinline__ void fetch(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const uint4 * codes = reinterpret_cast<const uint4 *>(planes.codes_of(slot)) + lane;
+#pragma unroll
+    for (int k = 0; k < 4 * n_tiles; ++k) {
+        copy_async<16>(&stage.codes[k][lane], codes + k * 32);
+    }
+    const uint4 * grid = reinterpret_cast<const uint4 *>(planes.center_of(slot));
+    for (int k = lane; k < 8 * n_tiles; k += 32) {
+        copy_async<16>(&stage.grid[k], grid + k);
+    }
+    constexpr int kBounds = sizeof(BlockBounds) / sizeof(float);
+    if (lane < kBounds) {
+        copy_async<4>(&stage.bounds[lane], reinterpret_cast<const float *>(planes.bounds + slot) + lane);
+    }
 }
 
 __device__ __forceinline__ void multiply_add(int (&sum)[4], const uint4 & codes, const uint32_t (&levels)[2]) {
@@ -135,11 +164,14 @@ __device__ __forceinline__ void multiply_add(int (&sum)[4], const uint4 & codes,
         : "r"(codes.x), "r"(codes.y), "r"(codes.z), "r"(codes.w), "r"(levels[0]), "r"(levels[1]));
 }
 
-// The lane's bfloat16 of a tile, in the order of grid_position.
-__device__ __forceinline__ Eight<DType::bf16> load_grid(const uint16_t * grid, int n_tiles, int tile) {
-    Eight<DType::bf16> eight;
-    eight.load(reinterpret_cast<const std::byte *>(grid), static_cast<int>(threadIdx.x) % 4 * (8 * n_tiles) + tile * 8);
-    return eight;
+__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// The bin of a place in its low byte. Half less and rounded to nearest is rounded down, but for a whole number, which may go to
+// the bin it is the upper edge of.
+__device__ __forceinline__ uint32_t bin_bits(float place) {
+    return __float_as_uint(fminf(fmaxf(place, 0.5f), kBins - 0.4f) + (0x1p23f - 0.5f));
 }
 
 // What turns the integer dot products of a query with a block's codes into places among the bins: dot * scale + offset.
@@ -149,54 +181,63 @@ struct ToBin {
     float slack;
 };
 
+// 4 channels of a tile as a lane works with them.
+__device__ __forceinline__ void widen(const uint2 & pairs, float (&out)[4]) {
+    out[0] = __uint_as_float(pairs.x << 16);
+    out[1] = __uint_as_float(pairs.x & 0xffff0000u);
+    out[2] = __uint_as_float(pairs.y << 16);
+    out[3] = __uint_as_float(pairs.y & 0xffff0000u);
+}
+
 // Levels of the lane's column of the right operand, and what completes their dot products, for one block. The lanes 8 i .. 8 i +
-// 7 of a warp have query i: 4 of them its high, 4 its low bytes; each its channels, lane % 4.
-template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&query)[n_tiles][8], float norm, float reference,
-                                                                 const uint16_t * center, const uint16_t * step,
-                                                                 const BlockBounds & bounds, int dim, float to_log2,
+// 7 of a warp have query i: the first 4 its high, the others its low bytes, each of the channels of lane % 4. Of these channels
+// each of the two works on one half, and then they exchange bytes.
+template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&query)[n_tiles][4], float norm, float reference,
+                                                                 const Stage<n_tiles> & stage, int dim, float to_log2,
                                                                  bool certified, uint32_t (&levels)[n_tiles][2]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const bool low = (lane / 4) % 2 != 0;
-    Eight<DType::bf16> steps[n_tiles];  // kept as stored: registers decide how many warps there are
+    const int half = lane / 4 % 2;
+    const uint2 * center = reinterpret_cast<const uint2 *>(stage.grid) + lane % 4 * (2 * n_tiles) + half;
+    const uint2 * step = center + 8 * n_tiles;
+    float scaled[n_tiles][4];
     float largest = 0;
     float base = 0;
 #pragma unroll
     for (int t = 0; t < n_tiles; ++t) {
-        steps[t] = load_grid(step, n_tiles, t);
-        float steps_of[8];
-        float centers[8];
-        steps[t].widen(steps_of);
-        load_grid(center, n_tiles, t).widen(centers);
+        float steps[4];
+        float centers[4];
+        widen(step[2 * t], steps);
+        widen(center[2 * t], centers);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            largest = fmaxf(largest, fabsf(query[t][e] * steps_of[e]));
+        for (int e = 0; e < 4; ++e) {
+            scaled[t][e] = query[t][e] * steps[e];
+            largest = fmaxf(largest, fabsf(scaled[t][e]));
             base = fmaf(query[t][e], centers[e], base);
         }
     }
 #pragma unroll
-    for (int step_of = 1; step_of < 4; step_of *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step_of));
-        base += __shfl_xor_sync(~0u, base, step_of);
+    for (int bit = 1; bit < 8; bit *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+        base += __shfl_xor_sync(~0u, base, bit);
     }
     const HeadBound head = head_bound(largest, norm, dim, to_log2, reference, certified);
-    // The low byte of an integer, and with 128 added the next one: together 256 * high + low.
-    const float magic = low ? kMagic : kMagic + 128.0f;
-    const uint32_t pick = low ? 0x0040u : 0x0051u;
 #pragma unroll
     for (int t = 0; t < n_tiles; ++t) {
-        float steps_of[8];
-        steps[t].widen(steps_of);
+        // The low byte of an integer, and with 128 added the next one: together 256 * high + low.
+        uint32_t low[4];
+        uint32_t high[4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            uint32_t bits[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float scaled = query[t][4 * half + e] * steps_of[4 * half + e];
-                bits[e] = __float_as_uint(fmaf(scaled, head.inverse, magic));
-            }
-            levels[t][half] = __byte_perm(__byte_perm(bits[0], bits[1], pick), __byte_perm(bits[2], bits[3], pick), 0x5410);
+        for (int e = 0; e < 4; ++e) {
+            low[e] = __float_as_uint(fmaf(scaled[t][e], head.inverse, kMagic));
+            high[e] = __float_as_uint(fmaf(scaled[t][e], head.inverse, kMagic + 128.0f));
         }
+        const uint32_t lows = low_bytes(low[0], low[1], low[2], low[3]);
+        const uint32_t highs = __byte_perm(__byte_perm(high[0], high[1], 0x0051), __byte_perm(high[2], high[3], 0x0051), 0x5410);
+        const uint32_t other = __shfl_xor_sync(~0u, half == 0 ? lows : highs, 4);
+        levels[t][0] = half == 0 ? highs : other;
+        levels[t][1] = half == 0 ? other : lows;
     }
+    const BlockBounds bounds{stage.bounds[0], stage.bounds[1], stage.bounds[2], stage.bounds[3], stage.bounds[4]};
     ToBin to;
     to.slack = block_slack(head, bounds);
     to.scale = head.quantum * to_log2 * kBinsPerOctave;
@@ -260,30 +301,38 @@ __device__ __noinline__ void add_exact(const Problem & p, int group, int block, 
 
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
     scan(const __grid_constant__ Problem p) {
-    extern __shared__ std::byte memory[];
+    extern __shared__ __align__(16) std::byte memory[];
     Shared & s = *reinterpret_cast<Shared *>(memory);
     const int group = static_cast<int>(blockIdx.y);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    Stage<n_tiles> & stage = reinterpret_cast<Stage<n_tiles> *>(memory + kSharedBytes)[warp];
     const int row = p.row_of_group(group);
-    const Sight & sight = p.sight[row];
     if (p.spares_uniform && *p.uniform_of(group) > 0) {
         return;
     }
-    if (sight.plain == 0 || !begin(p, group, s)) {
+    const uint64_t * visible = p.visible_of(group);
+    const int64_t first_slot = p.slot_of(group, 0);
+    const uint64_t * indexed = p.planes.indexed + first_slot;
+    // The first block is under way while the queries are prepared.
+    int block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);
+    uint64_t seen = block >= 0 ? visible[block] : 0;
+    uint64_t cells = block >= 0 ? seen & indexed[block] : 0;
+    if (cells != 0) {
+        fetch(stage, p.planes, first_slot + block);
+    }
+    if (p.sight[row].plain == 0 || !begin(p, group, s)) {
         if (threadIdx.x == 0) {
             p.attend_all[group] = 1;
         }
+        wait_for_copies();
         return;
     }
 
     const int n_query = p.n_query_of(group);
-    const int stream = p.stream_of(group);
-    const int kv_head = p.kv_head_of(group);
-    const uint64_t * visible = p.visible_of(group);
-    const float root = 0.125f;  // of a bin, in log2 units
+    const float octave = 1.0f / kBinsPerOctave;
     // The lane's part of the queries, as the right operand wants it.
-    float query[n_quad][n_tiles][8];
+    float query[n_quad][n_tiles][4];
     float norm[n_quad];
     float reference[n_quad];
 #pragma unroll
@@ -294,8 +343,8 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
 #pragma unroll
         for (int t = 0; t < n_tiles; ++t) {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                query[z][t][e] = s.query[i][32 * t + e / 4 * 16 + lane % 4 * 4 + e % 4];
+            for (int e = 0; e < 4; ++e) {
+                query[z][t][e] = s.query[i][32 * t + lane / 4 % 2 * 16 + lane % 4 * 4 + e];
             }
         }
     }
@@ -304,108 +353,94 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     int scanned = 0;
     bool failed = false;
 
-    for (int block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp); block >= 0; block -= p.n_scan * kWarps) {
-        const uint64_t seen = visible[block];
-        if (seen == 0) {
-            continue;
-        }
-        const int64_t slot = p.planes.slot(stream, kv_head, block);
-        const uint64_t indexed = p.planes.indexed[slot];
-        const uint64_t cells = seen & indexed;
-        const uint64_t others = seen & ~indexed;
-        if (others != 0) {
+    while (block >= 0) {
+        const int next = block - p.n_scan * kWarps;
+        const uint64_t next_seen = next >= 0 ? visible[next] : 0;
+        const uint64_t next_cells = next >= 0 ? next_seen & indexed[next] : 0;
+        if (const uint64_t others = seen & ~cells; others != 0) {
             add_exact(p, group, block, others, s, key_norm, failed);
+            const int64_t slot = first_slot + block;
             const bool complete = seen == ~uint64_t{0} || (block + 1 < p.n_blocks && visible[block + 1] != 0);
             if (lane == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 && atomicExch(&p.queued[slot], 1) == 0) {
                 p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
             }
         }
-        if (cells == 0) {
-            continue;
-        }
-        const uint4 * codes = reinterpret_cast<const uint4 *>(p.planes.codes_of(slot)) + lane;
-        // All of a block's codes are asked for before anything is done with them; with 8 tiles, half of them.
-        constexpr int kAtOnce = n_tiles > 4 ? 2 : 4;
-        uint4 loaded[kAtOnce][n_tiles];
-#pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-            for (int t = 0; t < n_tiles; ++t) {
-                loaded[r][t] = load_codes(codes + (r * n_tiles + t) * 32);
-            }
-        }
-        const BlockBounds bounds = p.planes.bounds[slot];
-        key_norm = fmaxf(key_norm, bounds.key_norm);
-        scanned += __popcll(static_cast<long long>(cells));
-        const uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
-
-        uint32_t levels[n_quad][n_tiles][2];
-        ToBin to[n_quad];
-#pragma unroll
-        for (int z = 0; z < n_quad; ++z) {
-            to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], p.planes.center_of(slot), p.planes.step_of(slot), bounds,
-                                      p.planes.key_dim, p.to_log2, p.certified, levels[z]);
-        }
         float places[n_quad][8];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            if (r == kAtOnce) {
-#pragma unroll
-                for (int ahead = 0; ahead < kAtOnce; ++ahead) {
-#pragma unroll
-                    for (int t = 0; t < n_tiles; ++t) {
-                        loaded[ahead][t] = load_codes(codes + ((r + ahead) * n_tiles + t) * 32);
-                    }
-                }
-            }
+        ToBin to[n_quad];
+        if (cells != 0) {
+            wait_for_copies();
+            __syncwarp();
+            key_norm = fmaxf(key_norm, stage.bounds[3]);
+            uint32_t levels[n_quad][n_tiles][2];
 #pragma unroll
             for (int z = 0; z < n_quad; ++z) {
-                int sum[4] = {};
+                to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], stage, p.planes.key_dim, p.to_log2, p.certified,
+                                          levels[z]);
+            }
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                int sum[n_quad][4] = {};
 #pragma unroll
                 for (int t = 0; t < n_tiles; ++t) {
-                    multiply_add(sum, loaded[r % kAtOnce][t], levels[z][t]);
+                    const uint4 codes = stage.codes[r * n_tiles + t][lane];
+#pragma unroll
+                    for (int z = 0; z < n_quad; ++z) {
+                        multiply_add(sum[z], codes, levels[z][t]);
+                    }
                 }
-                places[z][2 * r] = static_cast<float>(256 * sum[0] + sum[1]);
-                places[z][2 * r + 1] = static_cast<float>(256 * sum[2] + sum[3]);
-            }
-        }
 #pragma unroll
-        for (int z = 0; z < n_quad; ++z) {
-            // From the lanes that quantized a query to those that hold its results.
-            const float scale = __shfl_sync(~0u, to[z].scale, lane % 4 * 8);
-            const float offset = __shfl_sync(~0u, to[z].offset, lane % 4 * 8);
-            const float slack = __shfl_sync(~0u, to[z].slack, lane % 4 * 8);
-            const int i = z * kQuad + lane % 4;
-            if (i >= n_query) {
-                continue;
-            }
-            uint32_t packed[2] = {0, 0};
-            float sum = 0;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float place = fmaf(places[z][e], scale, offset);
-                const int bin = min(max(__float2int_rd(place), 0), kBins - 1);
-                packed[e / 4] |= static_cast<uint32_t>(bin) << (e % 4 * 8);
-                if ((mine >> e & 1) != 0) {
-                    sum += exp2_fast((place - kReferenceBin) * root);
-                    atomicAdd(&s.histogram[i][bin], 1u);
+                for (int z = 0; z < n_quad; ++z) {
+                    places[z][2 * r] = static_cast<float>(256 * sum[z][0] + sum[z][1]);
+                    places[z][2 * r + 1] = static_cast<float>(256 * sum[z][2] + sum[z][3]);
                 }
             }
-            // From upper to lower bounds: down by twice the slack.
-            lower[z] += sum * exp2_fast(-2.0f * slack);
-            failed = failed || !isfinite(lower[z]) || !isfinite(offset);
-            const int64_t at = (static_cast<int64_t>(group) * p.n_shared + i) * p.n_blocks + block;
-            *reinterpret_cast<uint2 *>(p.bins + at * kBlockCells + lane / 4 * 8) = make_uint2(packed[0], packed[1]);
-            if (lane / 4 == 0) {
-                p.slack[at] = slack;
+            __syncwarp();  // all lanes are through with the grid
+        }
+        if (next_cells != 0) {
+            fetch(stage, p.planes, first_slot + next);
+        }
+        if (cells != 0) {
+            scanned += __popcll(static_cast<long long>(cells));
+            const uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
+#pragma unroll
+            for (int z = 0; z < n_quad; ++z) {
+                // From the lanes that quantized a query to those that hold its results.
+                const float scale = __shfl_sync(~0u, to[z].scale, lane % 4 * 8);
+                const float offset = __shfl_sync(~0u, to[z].offset, lane % 4 * 8);
+                const float slack = __shfl_sync(~0u, to[z].slack, lane % 4 * 8);
+                const int i = z * kQuad + lane % 4;
+                if (i >= n_query) {
+                    continue;
+                }
+                uint32_t bins[8];
+                float sum = 0;
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    const float place = fmaf(places[z][e], scale, offset);
+                    bins[e] = bin_bits(place);
+                    if ((mine >> e & 1) != 0) {
+                        sum += exp2_fast(fmaf(place, octave, -kReferenceBin * octave));
+                        atomicAdd(&s.histogram[i][bins[e] & 0xffu], 1u);
+                    }
+                }
+                // From upper to lower bounds: down by twice the slack.
+                lower[z] += sum * exp2_fast(-2.0f * slack);
+                failed = failed || !isfinite(lower[z]) || !isfinite(offset);
+                const int64_t at = (static_cast<int64_t>(group) * p.n_shared + i) * p.n_blocks + block;
+                *reinterpret_cast<uint2 *>(p.bins + at * kBlockCells + lane / 4 * 8) =
+                    make_uint2(low_bytes(bins[0], bins[1], bins[2], bins[3]), low_bytes(bins[4], bins[5], bins[6], bins[7]));
+                if (lane / 4 == 0) {
+                    p.slack[at] = slack;
+                }
             }
         }
+        block = next;
+        seen = next_seen;
+        cells = next_cells;
     }
+    __syncwarp();  // what add_exact left in shared memory
 
     // What the warps found, added in an order that does not depend on timing.
-    if (__any_sync(~0u, failed)) {
-        s.failed_late = 1;
-    }
 #pragma unroll
     for (int z = 0; z < n_quad; ++z) {
         double sum = static_cast<double>(lower[z]);
@@ -421,7 +456,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         s.key_norm[warp] = key_norm;
         s.scanned[warp] = scanned;
     }
-    __syncthreads();
+    const bool gave_up = __syncthreads_or(failed ? 1 : 0) != 0;
     if (static_cast<int>(threadIdx.x) < n_query) {
         double sum = 0;
         for (int w = 0; w < kWarps; ++w) {
@@ -438,7 +473,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         }
         p.key_norm[group * p.n_scan + blockIdx.x] = longest;
         p.scanned[group * p.n_scan + blockIdx.x] = count;
-        if (s.failed_late != 0) {
+        if (gave_up) {
             p.attend_all[group] = 1;
         }
     }
@@ -454,7 +489,10 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
 
 template <int n_tiles, int n_quad> void launch(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_scan), static_cast<unsigned>(p.n_group));
-    scan<n_tiles, n_quad><<<grid, kWarps * 32, sizeof(Shared), stream>>>(p);
+    constexpr size_t kBytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles>);
+    const auto kernel = scan<n_tiles, n_quad>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "launch_scan");
+    kernel<<<grid, kWarps * 32, kBytes, stream>>>(p);
     check(cudaGetLastError(), "launch_scan");
 }
 

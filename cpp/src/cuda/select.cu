@@ -9,16 +9,17 @@ namespace louver::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kAtOnce = 4;  // blocks to a warp: 8 lanes to each, 8 cells to a lane
 
 struct Shared {
     int threshold[kMaxShared];
-    float added[kMaxShared][kMaxKernelDim];
     float dropped[kWarps][kMaxShared];
     float compensation[kWarps][kMaxShared];
     float value_norm[kWarps];
 };
 constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
-// Behind it, for each block of the share: the survivors as bits, and how many there are before them.
+// Behind it the warps' added values, [kWarps][n_most][64 n_pairs]; and for each block of the share the survivors as bits, and how
+// many there are before them.
 constexpr size_t kBytesPerBlock = sizeof(uint64_t) + sizeof(int);
 
 // By a warp. All of its lanes return the same.
@@ -51,11 +52,23 @@ __device__ int threshold_of(const Problem & p, int group, int i, double & least)
     return __reduce_min_sync(~0u, first_kept);
 }
 
+// 4 bytes of 0 or 255 as 4 bits.
+__device__ __forceinline__ uint32_t as_bits(uint32_t bytes) { return (bytes & 0x08040201u) * 0x01010101u >> 24 & 0xfu; }
+
+// The weight at the upper edge of the bin in byte e of the word, but for upper_edge's last factor.
+template <int e> __device__ __forceinline__ float edge_of(uint32_t word) {
+    constexpr float kOctave = 1.0f / kBinsPerOctave;
+    const float number = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | e));  // 2^23 + the bin
+    return exp2_fast(fmaf(number, kOctave, (1 - kReferenceBin) * kOctave - 0x1p23f * kOctave));
+}
+
 // n_most: queries to a group, n_pairs: pairs of channels to a lane, at most.
 template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32) select(const __grid_constant__ Problem p) {
-    extern __shared__ std::byte memory[];
+    extern __shared__ __align__(16) std::byte memory[];
     Shared & s = *reinterpret_cast<Shared *>(memory);
-    uint64_t * bits = reinterpret_cast<uint64_t *>(memory + kSharedBytes);
+    constexpr int kWidth = 64 * n_pairs;
+    float * added_by_warps = reinterpret_cast<float *>(memory + kSharedBytes);
+    uint64_t * bits = reinterpret_cast<uint64_t *>(added_by_warps + kWarps * n_most * kWidth);
     const int group = static_cast<int>(blockIdx.y);
     const int split = static_cast<int>(blockIdx.x);
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -65,8 +78,7 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     const int end = p.select_begin(split + 1);
     int * places = reinterpret_cast<int *>(bits + (end - begin));
     const uint64_t * visible = p.visible_of(group);
-    const int stream = p.stream_of(group);
-    const int kv_head = p.kv_head_of(group);
+    const int64_t first_slot = p.slot_of(group, 0);
     const Sight & sight = p.sight[p.row_of_group(group)];
     const bool all =
         (!(p.epsilon > 0) && p.given == nullptr) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
@@ -84,108 +96,144 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     }
     __syncthreads();
 
+    uint32_t threshold[n_most];  // in each of 4 bytes
+#pragma unroll
+    for (int i = 0; i < n_most; ++i) {
+        threshold[i] = i < n_query && !all ? static_cast<uint32_t>(s.threshold[i]) * 0x01010101u : 0u;
+    }
     float added[n_most][n_pairs][2] = {};  // channels j * 64 + 2 * lane and the next
-    float dropped[n_most] = {};
+    float dropped[n_most] = {};            // of the lane's block, as the next
     float compensation[n_most] = {};
     float value_norm = 0;
-    for (int block = begin + warp; block < end; block += kWarps) {
-        const uint64_t seen = visible[block];
-        uint64_t keep = seen;
-        if (seen != 0 && !all) {
-            const int64_t slot = p.planes.slot(stream, kv_head, block);
-            const uint64_t cells = seen & p.planes.indexed[slot];
+    const int sub = lane / 8;
+    const int byte = lane % 8;
+    for (int first = begin + warp * kAtOnce; first < end; first += kWarps * kAtOnce) {
+        const int block = first + sub;
+        const bool is_there = block < end;
+        const uint64_t seen_of_block = is_there ? visible[block] : 0;
+        const uint32_t seen = static_cast<uint32_t>(seen_of_block >> (8 * byte)) & 0xffu;
+        uint32_t keep = seen;
+        if (!all && __any_sync(~0u, seen != 0)) {
+            const uint64_t indexed_of_block = is_there ? p.planes.indexed[first_slot + block] : 0;
+            const bool has_bins = (seen_of_block & indexed_of_block) != 0;
             const int64_t at = static_cast<int64_t>(group) * p.n_shared * p.n_blocks + block;
-            uint32_t needed[2];
-            int bins[n_most][2];
+            uint2 bins[n_most];
+            float slack[n_most];
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
-                if (i < n_query) {
-                    const uint8_t * of = p.bins + (at + static_cast<int64_t>(i) * p.n_blocks) * kBlockCells + lane;
-                    bins[i][0] = of[0];
-                    bins[i][1] = of[32];
+                bins[i] = make_uint2(0, 0);
+                slack[i] = 0;
+                if (i < n_query && has_bins) {
+                    const int64_t of = at + static_cast<int64_t>(i) * p.n_blocks;
+                    bins[i] = *reinterpret_cast<const uint2 *>(p.bins + of * kBlockCells + byte * 8);
+                    slack[i] = p.compensate ? p.slack[of] : 0.0f;
                 }
             }
-            bool drops[2];
+            uint32_t means[kAtOnce][n_pairs];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int bit = half * 32 + lane;
-                const int cell = block * kBlockCells + bit;
-                bool need = (cells >> bit & 1) == 0 || cell < sight.sinks_end || cell >= sight.recent_begin;
-#pragma unroll
-                for (int i = 0; i < n_most; ++i) {
-                    need = need || (i < n_query && bins[i][half] >= s.threshold[i]);
-                }
-                needed[half] = __ballot_sync(~0u, need);
-                drops[half] = !need;
-            }
-            keep = seen & (needed[0] | static_cast<uint64_t>(needed[1]) << 32);
-            if (keep != seen) {
-                float mean[n_pairs][2];
+            for (int b = 0; b < kAtOnce; ++b) {
 #pragma unroll
                 for (int j = 0; j < n_pairs; ++j) {
                     const int c = j * 64 + lane * 2;
-                    const uint32_t pair = p.compensate && c < p.planes.value_dim
-                                              ? __ldg(reinterpret_cast<const uint32_t *>(p.planes.means_of(slot) + c))
-                                              : 0u;
-                    mean[j][0] = __uint_as_float(pair << 16);
-                    mean[j][1] = __uint_as_float(pair & 0xffff0000u);
+                    means[b][j] = p.compensate && first + b < end && c < p.planes.value_dim
+                                      ? __ldg(reinterpret_cast<const uint32_t *>(p.planes.means_of(first_slot + first + b) + c))
+                                      : 0u;
                 }
-                value_norm = fmaxf(value_norm, p.planes.bounds[slot].value_norm);
+            }
+            const float longest = has_bins ? p.planes.bounds[first_slot + block].value_norm : 0.0f;
+
+            const int cell = block * kBlockCells + byte * 8;
+            const int sinks = min(max(sight.sinks_end - cell, 0), 8);
+            const int recent = min(max(cell + 8 - sight.recent_begin, 0), 8);
+            uint32_t need = ~static_cast<uint32_t>(indexed_of_block >> (8 * byte)) | ((1u << sinks) - 1) | ~(0xffu >> recent);
+#pragma unroll
+            for (int i = 0; i < n_most; ++i) {
+                if (i < n_query) {
+                    need |= as_bits(__vcmpgeu4(bins[i].x, threshold[i])) | as_bits(__vcmpgeu4(bins[i].y, threshold[i])) << 4;
+                }
+            }
+            keep = seen & need;
+            const uint32_t drops = seen & ~need;
+            if (__any_sync(~0u, drops != 0)) {
+                float weight[n_most];
+                value_norm = drops != 0 ? fmaxf(value_norm, longest) : value_norm;
 #pragma unroll
                 for (int i = 0; i < n_most; ++i) {
+                    weight[i] = 0;
                     if (i < n_query) {
-                        const float most =
-                            sum_of_warp((drops[0] ? upper_edge(bins[i][0]) : 0.0f) + (drops[1] ? upper_edge(bins[i][1]) : 0.0f));
+                        float most = 0;
+                        most += (drops & 0x01u) != 0 ? edge_of<0>(bins[i].x) : 0.0f;
+                        most += (drops & 0x02u) != 0 ? edge_of<1>(bins[i].x) : 0.0f;
+                        most += (drops & 0x04u) != 0 ? edge_of<2>(bins[i].x) : 0.0f;
+                        most += (drops & 0x08u) != 0 ? edge_of<3>(bins[i].x) : 0.0f;
+                        most += (drops & 0x10u) != 0 ? edge_of<0>(bins[i].y) : 0.0f;
+                        most += (drops & 0x20u) != 0 ? edge_of<1>(bins[i].y) : 0.0f;
+                        most += (drops & 0x40u) != 0 ? edge_of<2>(bins[i].y) : 0.0f;
+                        most += (drops & 0x80u) != 0 ? edge_of<3>(bins[i].y) : 0.0f;
                         dropped[i] += most;
                         if (p.compensate) {
                             // The slack's middle, where the score most likely is.
-                            const float slack = p.slack[at + static_cast<int64_t>(i) * p.n_blocks];
-                            const float weight = most * kMeanOfBin * exp2_fast(-slack);
-                            compensation[i] += weight;
+                            weight[i] = most * (kMeanOfBin * exp2_fast(-slack[i]));
 #pragma unroll
-                            for (int j = 0; j < n_pairs; ++j) {
-                                added[i][j][0] = fmaf(weight, mean[j][0], added[i][j][0]);
-                                added[i][j][1] = fmaf(weight, mean[j][1], added[i][j][1]);
+                            for (int bit = 1; bit < 8; bit *= 2) {
+                                weight[i] += __shfl_xor_sync(~0u, weight[i], bit);
+                            }
+                            compensation[i] += weight[i];
+                        }
+                    }
+                }
+                if (p.compensate) {
+#pragma unroll
+                    for (int b = 0; b < kAtOnce; ++b) {
+#pragma unroll
+                        for (int i = 0; i < n_most; ++i) {
+                            if (i < n_query) {
+                                const float of_block = __shfl_sync(~0u, weight[i], 8 * b);
+#pragma unroll
+                                for (int j = 0; j < n_pairs; ++j) {
+                                    added[i][j][0] = fmaf(of_block, __uint_as_float(means[b][j] << 16), added[i][j][0]);
+                                    added[i][j][1] = fmaf(of_block, __uint_as_float(means[b][j] & 0xffff0000u), added[i][j][1]);
+                                }
                             }
                         }
                     }
                 }
             }
         }
-        if (lane == 0) {
-            bits[block - begin] = keep;
-            p.kept[static_cast<int64_t>(group) * p.n_blocks + block] = keep;
+        if (is_there) {
+            reinterpret_cast<uint8_t *>(bits + (block - begin))[byte] = static_cast<uint8_t>(keep);
+            reinterpret_cast<uint8_t *>(p.kept + static_cast<int64_t>(group) * p.n_blocks + block)[byte] =
+                static_cast<uint8_t>(keep);
         }
     }
     // The warps' sums, in an order that does not depend on timing.
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
+        const float all_dropped = sum_of_warp(dropped[i]);
+        const float all_compensation = sum_of_warp(byte == 0 ? compensation[i] : 0.0f);
         if (lane == 0) {
-            s.dropped[warp][i] = dropped[i];
-            s.compensation[warp][i] = compensation[i];
+            s.dropped[warp][i] = all_dropped;
+            s.compensation[warp][i] = all_compensation;
+        }
+#pragma unroll
+        for (int j = 0; j < n_pairs; ++j) {
+            *reinterpret_cast<float2 *>(added_by_warps + (warp * n_most + i) * kWidth + j * 64 + lane * 2) =
+                make_float2(added[i][j][0], added[i][j][1]);
         }
     }
+    value_norm = largest_of_warp(value_norm);
     if (lane == 0) {
         s.value_norm[warp] = value_norm;
     }
-    for (int w = 0; w < kWarps; ++w) {
-        if (w == warp) {
-#pragma unroll
-            for (int i = 0; i < n_most; ++i) {
-#pragma unroll
-                for (int j = 0; j < n_pairs; ++j) {
-                    float * at = &s.added[i][j * 64 + lane * 2];
-                    at[0] = (w == 0 ? 0.0f : at[0]) + added[i][j][0];
-                    at[1] = (w == 0 ? 0.0f : at[1]) + added[i][j][1];
-                }
-            }
-        }
-        __syncthreads();
-    }
+    __syncthreads();
     const int64_t part = static_cast<int64_t>(group) * p.n_select + split;
-    for (int i = 0; i < n_query; ++i) {
-        for (int c = static_cast<int>(threadIdx.x); c < p.planes.value_dim; c += kWarps * 32) {
-            p.added[(part * p.n_shared + i) * p.planes.value_dim + c] = s.added[i][c];
+    for (int k = static_cast<int>(threadIdx.x); k < n_query * kWidth; k += kWarps * 32) {
+        float sum = 0;
+        for (int w = 0; w < kWarps; ++w) {
+            sum += added_by_warps[w * n_most * kWidth + k];
+        }
+        if (k % kWidth < p.planes.value_dim) {
+            p.added[(part * p.n_shared + k / kWidth) * p.planes.value_dim + k % kWidth] = sum;
         }
     }
     if (static_cast<int>(threadIdx.x) < n_query) {
@@ -195,7 +243,7 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
             sum += s.dropped[w][threadIdx.x];
             weight += s.compensation[w][threadIdx.x];
         }
-        p.dropped[part * p.n_shared + threadIdx.x] = sum;
+        p.dropped[part * p.n_shared + threadIdx.x] = sum * kEdgeFactor;
         p.compensation[part * p.n_shared + threadIdx.x] = weight;
     }
 
@@ -237,17 +285,18 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
 
 template <int n_most> void launch(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_select), static_cast<unsigned>(p.n_group));
-    const size_t bytes = kSharedBytes + static_cast<size_t>((p.n_blocks + p.n_select - 1) / p.n_select) * kBytesPerBlock;
-    const auto run = [&](auto kernel) {
+    const auto run = [&](auto kernel, size_t n_pairs) {
+        const size_t bytes = kSharedBytes + kWarps * n_most * 64 * n_pairs * sizeof(float) +
+                             static_cast<size_t>((p.n_blocks + p.n_select - 1) / p.n_select) * kBytesPerBlock;
         if (bytes > 48 * 1024) {
             check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                   "launch_select");
         }
         kernel<<<grid, kWarps * 32, bytes, stream>>>(p);
     };
-    p.planes.value_dim <= 64    ? run(select<n_most, 1>)
-    : p.planes.value_dim <= 128 ? run(select<n_most, 2>)
-                                : run(select<n_most, 4>);
+    p.planes.value_dim <= 64    ? run(select<n_most, 1>, 1)
+    : p.planes.value_dim <= 128 ? run(select<n_most, 2>, 2)
+                                : run(select<n_most, 4>, 4);
     check(cudaGetLastError(), "launch_select");
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/attention.h"
+#include "cuda/device.h"
 #include "ggml-cuda-extension.h"
 #include "ggml-cuda.h"
 #include "ggml-impl.h"

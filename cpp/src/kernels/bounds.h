@@ -57,7 +57,8 @@ struct HeadBound {
 };
 
 // largest: max |q_c * step_c| over the channels and blocks; query_norm: |q|, rounded up.
-LOUVER_ANYWHERE static inline HeadBound head_bound(float largest, float query_norm, int dim, float to_log2, float reference, bool certified) {
+LOUVER_ANYWHERE static inline HeadBound head_bound(float largest, float query_norm, int dim, float to_log2, float reference,
+                                                   bool certified) {
     const float d = static_cast<float>(dim);
     const bool tiny = largest < kTinyScaledQuery;
     HeadBound bound;
