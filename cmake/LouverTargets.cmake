@@ -86,6 +86,16 @@ target_link_libraries(_core PRIVATE louver-ggml)
 file(GLOB _index_bindings CONFIGURE_DEPENDS "${_cpp}/bindings/index/*.cpp")
 louver_add_extension(_index ${_index_bindings})
 
+if(LOUVER_CUDA)  # _cuda, the index over arrays on a GPU. pyproject.toml names targets without knowing of CUDA: _index brings it
+  file(GLOB _cuda_bindings CONFIGURE_DEPENDS "${_cpp}/bindings/cuda/*.cpp")
+  louver_add_extension(_cuda ${_cuda_bindings})
+  target_link_libraries(_cuda PRIVATE louver_cuda)
+  add_dependencies(_index _cuda)
+  add_dependencies(_index_stub _cuda_stub)
+  install(TARGETS _cuda LIBRARY DESTINATION louver_llama COMPONENT louver)
+  install(FILES "${CMAKE_BINARY_DIR}/_cuda.pyi" DESTINATION louver_llama COMPONENT louver)
+endif()
+
 install(TARGETS _core _index LIBRARY DESTINATION louver_llama COMPONENT louver)
 install(TARGETS louver-ggml ${LOUVER_LLAMA_TARGETS} LIBRARY DESTINATION louver_llama/lib COMPONENT louver)
 install(FILES "${CMAKE_BINARY_DIR}/_core.pyi" "${CMAKE_BINARY_DIR}/_index.pyi" DESTINATION louver_llama COMPONENT louver)

@@ -26,10 +26,12 @@ CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "iq4_nl": 20
 class Model:
     """A GGUF file, loaded. Contexts share it."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.pointer = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+    n_gpu_layers = 0  # of models that are not told; llama.cpp's own default is all
+
+    def __init__(self, path: Path | str, n_gpu_layers: int | None = None) -> None:
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = self.n_gpu_layers if n_gpu_layers is None else n_gpu_layers
+        self.pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         assert self.pointer, f"llama.cpp cannot load {path}"
         self.vocabulary = llama_cpp.llama_model_get_vocab(self.pointer)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocabulary)

@@ -44,8 +44,8 @@ TOLERANCE = {"f16": 0.1, "bf16": 0.1, "f32": 0.1, "q8_0": 0.2}
 
 
 def on_gpu(path: Path | str) -> Model:
-    """All layers: that is llama.cpp's default where it has a GPU."""
-    return Model(path)
+    """With all layers there."""
+    return Model(path, n_gpu_layers=-1)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def settings_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The helpers of these modules run with them."""
     for module in (test_lifecycle, test_shapes):
         monkeypatch.setattr(module, "SETTINGS", module.SETTINGS | {"min_context_gpu": 0})
+    monkeypatch.setattr(Model, "n_gpu_layers", -1)
 
 
 def context_of(cache: str, unified: bool, n_seq: int = 2) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
@@ -69,7 +70,7 @@ class Index:
         keys: Any,
         kind: Literal["grid", "ball"] = "grid",
         *,
-        copy: bool = True,
+        copy: bool | None = None,
         n_threads: int = 0,
         n_subspaces: int | None = None,
         group_size: int = 4,
@@ -81,9 +82,12 @@ class Index:
         """An index over keys of shape (n, dim) or (n_head_kv, n, dim); n may be 0, dim is 1 to 1024.
 
         keys: float32, float16 or bfloat16, in any layout: numpy (bfloat16 by ``ml_dtypes``), the buffer protocol, DLPack.
+            On a GPU (CuPy, PyTorch, JAX; DLPack or ``__cuda_array_interface__``) the index is a
+            ``louver_llama.device_index.DeviceIndex``: of kind "grid", dim a multiple of 8 up to 256.
         kind: "grid", the engine's index, or "ball", the one of arXiv 2605.06763.
         copy: False reads the caller's memory instead of copying it, until the first change to the index; it must not
-            change meanwhile, and the last dimension has to be contiguous.
+            change meanwhile, and the last dimension has to be contiguous. By default True; on a GPU, where rows have to be
+            aligned to 16 bytes, only if they are not.
         n_threads: threads of every call; 0 takes all cores.
         n_subspaces, group_size, grouping, enclosure, merge_at, seed: of kind "ball": slices of the channels (by
             default 16, or dim if that is less), keys of a group, "tree" (balanced) or "kmeans", "ball" or "box" around a
@@ -91,9 +95,13 @@ class Index:
 
         Raises TypeError or ValueError, naming what was given and what is accepted.
         """
-        view = as_keys("keys", keys)
-        if not isinstance(copy, bool):
+        from .device_index import DeviceIndex, on_gpu  # which derives from this class
+
+        if not isinstance(copy, (bool, NoneType)):
             raise TypeError(f"copy must be True or False, not {copy!r}")
+        if on_gpu(keys):
+            return DeviceIndex.over(keys, kind, copy)
+        view = as_keys("keys", keys)
         for name, word in (("kind", kind), ("grouping", grouping), ("enclosure", enclosure)):
             if not isinstance(word, str):
                 raise TypeError(f"{name} must be a string, not {word!r}")
@@ -109,7 +117,7 @@ class Index:
             _integer("merge_at", merge_at, 1, _MAX_INT),
             _integer("seed", seed, 0, 2**64 - 1),
         )
-        return cls(core.Index.build(view.array, view.dtype, options, copy))
+        return cls(core.Index.build(view.array, view.dtype, options, copy is not False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, n_threads: int = 0) -> Index:

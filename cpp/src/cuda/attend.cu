@@ -11,7 +11,7 @@ constexpr int kWarps = 8;
 
 struct Shared {
     PartialHead head[kWarps][kMaxShared];
-    float output[kWarps][kMaxShared][kMaxKernelDim];
+    alignas(16) float output[kWarps][kMaxShared][kMaxKernelDim];
     int counts[kWarps];
     // Behind it, [n_group * n_select + 1]: survivors before each part of the list.
 };
@@ -50,7 +50,7 @@ __device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
 // width: lanes to a row; n_most: queries to a group.
 template <DType type, int width, int n_most> struct Worker {
     // Rows in flight: as many as the registers hold.
-    static constexpr int kAhead = n_most <= 4 ? 8 : 4;
+    static constexpr int kAhead = 4;
 
     const Problem & p;
     int lane = static_cast<int>(threadIdx.x) % 32;
@@ -69,15 +69,21 @@ template <DType type, int width, int n_most> struct Worker {
     __device__ void begin(int group) {
         const int n_query = p.n_query_of(group);
         const bool all = p.threshold[group * p.n_shared] == kAttendAll;
+        const float * first = p.query_of(group, 0);
 #pragma unroll
         for (int i = 0; i < n_most; ++i) {
             peak[i] = -infinity();
             kept[i] = 0;
             reference[i] = i < n_query && !all ? p.reference[group * p.n_shared + i] : 0.0f;
+            // Where there is none, another is loaded and not taken: a branch around each element would be most of the code.
+            const auto * q = reinterpret_cast<const float *>(reinterpret_cast<const std::byte *>(first) +
+                                                             min(i, n_query - 1) * p.query_head_stride);
+            const bool is_there = i < n_query && has_key;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 output[i][e] = 0;
-                query[i][e] = i < n_query && has_key ? p.query_of(group, i)[channel + e] : 0.0f;
+                const float x = q[has_key ? channel + e : e];
+                query[i][e] = is_there ? x : 0.0f;
             }
         }
     }
@@ -92,7 +98,7 @@ template <DType type, int width, int n_most> struct Worker {
             }
             prefetch_row(p.values.row(first_row + cell, kv_head), bytes_of<type>(p.values.dim));
         }
-#pragma unroll
+#pragma unroll 1  // the code is run through once or twice: fetching it takes longer than what a longer body would save
         for (int first = 0; first < width; first += kAhead) {
             Eight<type> rows[kAhead];
 #pragma unroll
@@ -149,7 +155,7 @@ template <DType type, int width, int n_most> struct Worker {
             score[i] = peak[i] == -infinity() && !isnan(x) ? 0.0f : exp2_fast(x - peak[i]);
             kept[i] += score[i];
         }
-#pragma unroll
+#pragma unroll 1
         for (int first = 0; first < width; first += kAhead) {
             Eight<type> rows[kAhead];
 #pragma unroll
@@ -195,10 +201,9 @@ template <DType type, int width, int n_most> struct Worker {
                     s.head[warp][i] = {peak[i], kept[i]};
                 }
                 if (lane < width && has_value) {
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) {
-                        s.output[warp][i][channel + e] = output[i][e];
-                    }
+                    float4 * to = reinterpret_cast<float4 *>(&s.output[warp][i][channel]);
+                    to[0] = make_float4(output[i][0], output[i][1], output[i][2], output[i][3]);
+                    to[1] = make_float4(output[i][4], output[i][5], output[i][6], output[i][7]);
                 }
             }
         }
@@ -213,6 +218,7 @@ __device__ __forceinline__ void count_before(const Problem & p, int * before, in
     const int first = min(thread * own, n_parts);
     const int last = min(first + own, n_parts);
     int sum = 0;
+#pragma unroll 1
     for (int part = first; part < last; ++part) {
         sum += p.n_survivors[part];
     }
@@ -221,9 +227,11 @@ __device__ __forceinline__ void count_before(const Problem & p, int * before, in
         counts[thread / 32] = place + sum;
     }
     __syncthreads();
+#pragma unroll 1
     for (int w = 0; w < thread / 32; ++w) {
         place += counts[w];
     }
+#pragma unroll 1
     for (int part = first; part < last; ++part) {
         before[part] = place;
         place += p.n_survivors[part];
@@ -236,7 +244,8 @@ __device__ __forceinline__ void count_before(const Problem & p, int * before, in
 
 template <DType type, int width, int n_most> __global__ void __launch_bounds__(kWarps * 32, n_most <= 4 ? 2 : 1)
     attend(const __grid_constant__ Problem p) {
-    extern __shared__ std::byte memory[];
+    wait_for_previous();
+    extern __shared__ __align__(16) std::byte memory[];
     Shared & s = *reinterpret_cast<Shared *>(memory);
     int * before = reinterpret_cast<int *>(memory + sizeof(Shared));
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -248,17 +257,16 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
             p.group_begin[group] = before[group * p.n_select];
         }
     }
-    const int64_t total = before[n_parts];
-    const int64_t n_workers = static_cast<int64_t>(p.n_attend) * kWarps;
-    const int64_t block_begin = share_begin(total, blockIdx.x, p.n_attend);
-    const int64_t block_end = share_begin(total, blockIdx.x + 1, p.n_attend);
-    const int64_t begin = share_begin(total, static_cast<int64_t>(blockIdx.x) * kWarps + warp, n_workers);
-    const int64_t end = share_begin(total, static_cast<int64_t>(blockIdx.x) * kWarps + warp + 1, n_workers);
+    const Shares shares(before[n_parts], p.n_attend);
+    const int block_begin = shares.begin(static_cast<int>(blockIdx.x));
+    const int block_end = shares.begin(static_cast<int>(blockIdx.x) + 1);
+    const int begin = block_begin + (block_end - block_begin) * warp / kWarps;
+    const int end = block_begin + (block_end - block_begin) * (warp + 1) / kWarps;
 
     Worker<type, width, n_most> worker(p);
     for (int group = 0; group < p.n_group; ++group) {
-        const int64_t group_begin = before[group * p.n_select];
-        const int64_t group_end = before[(group + 1) * p.n_select];
+        const int group_begin = before[group * p.n_select];
+        const int group_end = before[(group + 1) * p.n_select];
         if (max(group_begin, block_begin) >= min(group_end, block_end)) {
             continue;  // the same for the whole thread block
         }
@@ -269,9 +277,9 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
                 : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
         const int * parts = before + group * p.n_select;
         worker.begin(group);
-        const int64_t stop = min(group_end, end);
-        for (int64_t first = max(group_begin, begin); first < stop; first += 32) {
-            const int64_t rank = first + lane % width * (32 / width) + lane / width;
+        const int stop = min(group_end, end);
+        for (int first = max(group_begin, begin); first < stop; first += 32) {
+            const int rank = first + lane % width * (32 / width) + lane / width;
             int cell = -1;
             if (rank < stop) {
                 int low = 0;  // the last part that begins at or before the rank
@@ -323,8 +331,7 @@ template <DType type, int width, int n_most> void launch(const Problem & p, cuda
     const size_t bytes = sizeof(Shared) + static_cast<size_t>(p.n_group * p.n_select + 1) * sizeof(int);
     const auto kernel = attend<type, width, n_most>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "launch_attend");
-    kernel<<<static_cast<unsigned>(p.n_attend), kWarps * 32, bytes, stream>>>(p);
-    check(cudaGetLastError(), "launch_attend");
+    launch_behind(kernel, dim3(static_cast<unsigned>(p.n_attend)), kWarps * 32, bytes, p, stream);
 }
 
 template <DType type, int width> void launch(const Problem & p, cudaStream_t stream) {

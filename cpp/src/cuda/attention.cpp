@@ -201,6 +201,7 @@ struct Workspace::Storage {
 
 Workspace::Workspace(int device) : device_(device), storage_(std::make_unique<Storage>()) {
     check(cudaDeviceGetAttribute(&n_processors_, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&compute_major_, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
 }
 
 Workspace::~Workspace() {
@@ -302,6 +303,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.certified = op.settings.certified;
     p.compensate = op.settings.compensate;
     p.check = op.settings.check;
+    p.overlaps = compute_major_ >= 9;
     p.spares_uniform = !op.settings.check && op.settings.epsilon > 0;
     const Grids grids = grids_of(n_processors_, p.n_group, p.n_blocks);
     p.n_scan = grids.n_scan;

@@ -148,6 +148,7 @@ class Workspace {
     struct Storage;
     int device_;
     int n_processors_;
+    int compute_major_;
     int64_t generation_ = 0;
     std::unique_ptr<Storage> storage_;
     Probe probe_ = nullptr;

@@ -51,6 +51,10 @@ __device__ void raise(double * most, double value) {  // of non-negative doubles
     atomicMax(reinterpret_cast<unsigned long long *>(most), static_cast<unsigned long long>(__double_as_longlong(value)));
 }
 
+__device__ __forceinline__ double power_of_two(int exponent) {
+    return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
+}
+
 __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     auto & s = shared.combine;
     const int thread = static_cast<int>(threadIdx.x);
@@ -60,16 +64,15 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     const Sight & sight = p.sight[row];
     const int threshold = p.threshold[query];
     const bool all = threshold == kAttendAll;
-    const int64_t begin = p.group_begin[group];
-    const int64_t end = p.group_begin[group + 1];
-    const int64_t total = p.group_begin[p.n_group];
-
-    // The shares that reached into this group; at the ends one too many, perhaps.
+    // The shares that reached into this group.
+    const int begin = p.group_begin[group];
+    const int end = p.group_begin[group + 1];
     int first = 0;
     int n_shares = 0;
     if (begin < end) {
-        first = max(static_cast<int>(begin * p.n_attend / total) - 1, 0);
-        n_shares = min(static_cast<int>(end * p.n_attend / total) + 1, p.n_attend - 1) - first + 1;
+        const Shares shares(p.group_begin[p.n_group], p.n_attend);
+        first = shares.of(begin);
+        n_shares = shares.of(end - 1) - first + 1;
     }
     float peak = -infinity();
     double kept = 0;
@@ -95,12 +98,8 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
         const int at = k * kThreads + thread;
-        const int64_t share = first + at;
-        own[k] = {-infinity(), 0};
-        if (at < n_shares &&
-            max(share_begin(total, share, p.n_attend), begin) < min(share_begin(total, share + 1, p.n_attend), end)) {
-            own[k] = p.partial[(share + group) * p.n_shared + i];
-        }
+        own[k] =
+            at < n_shares ? p.partial[static_cast<int64_t>(first + at + group) * p.n_shared + i] : PartialHead{-infinity(), 0};
         peak = fmaxf(peak, own[k].peak);
     }
     peak = largest_of_warp(peak);
@@ -173,7 +172,8 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     for (const float part : s.norms[1]) {
         value_norm = fmaxf(value_norm, part);
     }
-    const double unit = peak == -infinity() ? 1.0 : exp2(static_cast<double>(peak));
+    // 2^peak, a whole number; where it is out of range nothing is said of what was dropped, or it counts for less than it is.
+    const double unit = peak == -infinity() ? 1.0 : power_of_two(static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f)));
     const double mass = kept + (compensation > 0 ? compensation / unit : 0.0);
     const float inverse = mass > 0 || isnan(mass) ? static_cast<float>(1.0 / mass) : 0.0f;  // no visible cell: 0, as stock
     double squared = 0;
@@ -201,11 +201,12 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     certificate.tau = all ? -infinity() : tau_of(threshold, p.reference[query], p.to_log2);
     certificate.n_visible = sight.n_visible;
     certificate.n_scanned = scanned;
-    certificate.n_attended = static_cast<int32_t>(end - begin);
+    certificate.n_attended = end - begin;
     if (!all && dropped > 0) {
         // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
         // dropped cells leave of the oracle's bound.
-        const double scored = kept * unit * exp2(-score_error(p.query_norm[query], key_norm, p.keys.dim, p.to_log2));
+        const double error = score_error(p.query_norm[query], key_norm, p.keys.dim, p.to_log2);
+        const double scored = kept * unit * fmax(1.0 - 0.6931472 * error, 0.0);  // 2^-error is no less
         const double left = p.least[query] * (1.0 - kWeightError) - dropped * (1.0 + kWeightError);
         const double least = fmax(scored, left);
         const double share = dropped_share(dropped, least) * (1 + 0x1p-20);
@@ -282,6 +283,7 @@ template <DType type> __device__ void encode_pending(const Problem & p, int work
 }
 
 template <DType type> __global__ void __launch_bounds__(kThreads) combine_all(const __grid_constant__ Problem p) {
+    wait_for_previous();
     __shared__ Shared shared;
     const int n_query = p.n_group * p.n_shared;
     const int block = static_cast<int>(blockIdx.x);
@@ -296,9 +298,8 @@ template <DType type> __global__ void __launch_bounds__(kThreads) combine_all(co
 
 void launch_combine(const Problem & p, cudaStream_t stream) {
     with_type(p.keys.type, [&]<DType type>() {
-        combine_all<type><<<static_cast<unsigned>(p.n_group * p.n_shared + kEncoders), kThreads, 0, stream>>>(p);
+        launch_behind(combine_all<type>, dim3(static_cast<unsigned>(p.n_group * p.n_shared + kEncoders)), kThreads, 0, p, stream);
     });
-    check(cudaGetLastError(), "launch_combine");
 }
 
 }  // namespace louver::cuda

@@ -108,6 +108,7 @@ struct Problem {
     bool certified;
     bool compensate;
     bool check;
+    bool overlaps;        // the device can launch dependent kernels early
     bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
 
     // [n_group][n_shared] references in log2 units that the caller sets: then everything from kReferenceBin on is kept, which is

@@ -102,7 +102,7 @@ template <DType type> __device__ __forceinline__ float element(const std::byte *
 }
 
 // Calls f.template operator()<type>().
-template <class F> void with_type(DType type, F && f) {
+template <class F> LOUVER_BOTH void with_type(DType type, F && f) {
     switch (type) {
         case DType::f32: f.template operator()<DType::f32>(); break;
         case DType::f16: f.template operator()<DType::f16>(); break;

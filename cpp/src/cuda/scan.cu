@@ -49,74 +49,82 @@ __device__ __forceinline__ void load_eight(DType type, const std::byte * row, in
 
 // Queries, norms and references, the same in every thread block of a group. False: something is not finite or too large, so that
 // nothing is decided here.
-__device__ bool begin(const Problem & p, int group, Shared & s) {
+__device__ __forceinline__ bool begin(const Problem & p, int group, Shared & s) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
     const int dim = p.planes.key_dim;
-    for (int i = warp; i < kMaxShared; i += kWarps) {
-        double squared = 0;
-        for (int c = lane; c < kMaxKernelDim; c += 32) {
-            const float x = i < n_query && c < dim ? p.query_of(group, i)[c] : 0.0f;
-            s.query[i][c] = x;
-            squared += static_cast<double>(x) * static_cast<double>(x);
+    static_assert(kWarps == kMaxShared);  // a query to a warp
+    const int i = warp;
+    // The probes' keys are on their way while the queries are worked on.
+    const Sight & sight = p.sight[p.row_of_group(group)];
+    const int n_probes = p.given != nullptr ? 0 : sight.n_probes;
+    constexpr int kOwn = kProbes / kWarps;
+    float keys[kOwn][8] = {};
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+        const int n = k * kWarps + warp;
+        if (n < n_probes && lane * 8 < dim) {
+            load_eight(p.keys.type, p.keys.row(p.first_row(group) + sight.probes[n], p.kv_head_of(group)), lane * 8, keys[k]);
         }
-        squared = sum_of_warp(squared);
-        if (lane == 0) {
-            s.norm[i] = static_cast<float>(sqrt(squared)) * kNormInflation;
-            for (int w = 0; w < kWarps; ++w) {
-                s.lower[w][i] = 0;
-            }
-        }
-        for (int b = lane; b < kBins; b += 32) {
-            s.histogram[i][b] = 0;
-        }
+    }
+    const float * query = p.query_of(group, min(i, n_query - 1));
+    double squared = 0;
+#pragma unroll
+    for (int c = lane; c < kMaxKernelDim; c += 32) {
+        const float x = i < n_query && c < dim ? query[c] : 0.0f;
+        s.query[i][c] = x;
+        squared += static_cast<double>(x) * static_cast<double>(x);
+    }
+    squared = sum_of_warp(squared);
+    if (lane == 0) {
+        s.norm[i] = static_cast<float>(sqrt(squared)) * kNormInflation;
+    }
+    if (lane < kWarps) {
+        s.lower[lane][i] = 0;
+    }
+#pragma unroll
+    for (int b = lane; b < kBins; b += 32) {
+        s.histogram[i][b] = 0;
     }
     if (threadIdx.x == 0) {
         s.failed = 0;
     }
     __syncthreads();
-    const Sight & sight = p.sight[p.row_of_group(group)];
-    const int n_probes = p.given != nullptr ? 0 : sight.n_probes;
-    for (int n = warp; n < n_probes; n += kWarps) {
-        const std::byte * row = p.keys.row(p.first_row(group) + sight.probes[n], p.kv_head_of(group));
-        float key[8] = {};
-        if (lane * 8 < dim) {
-            load_eight(p.keys.type, row, lane * 8, key);
-        }
-        for (int i = 0; i < n_query; ++i) {
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+#pragma unroll 1
+        for (int of = 0; of < n_query; ++of) {
             float dot = 0;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                dot += s.query[i][lane * 8 + e] * key[e];
+                dot += s.query[of][lane * 8 + e] * keys[k][e];
             }
             dot = sum_of_warp(dot);
             if (lane == 0) {
-                s.probe[i][n] = dot;
+                s.probe[of][k * kWarps + warp] = dot;
             }
         }
     }
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < kMaxShared) {
-        const int i = static_cast<int>(threadIdx.x);
-        float peak = i < n_query && n_probes > 0 ? -infinity() : 0.0f;
-        if (p.given != nullptr && i < n_query) {
-            peak = p.given[group * p.n_shared + i];
+    if (i < n_query) {
+        const bool is_probe = lane < n_probes;
+        const float score = is_probe ? s.probe[i][lane] * p.to_log2 : -infinity();
+        const float given = p.given != nullptr ? p.given[group * p.n_shared + i] : 0.0f;
+        const float peak = n_probes > 0 ? largest_of_warp(score) : given;
+        const bool finite = __all_sync(~0u, !is_probe || isfinite(score)) && isfinite(peak) && s.norm[i] <= kMaxQueryNorm;
+        if (lane == 0) {
+            s.reference[i] = peak;
+            if (!finite) {
+                s.failed = 1;
+            }
+            if (blockIdx.x == 0) {
+                p.query_norm[group * p.n_shared + i] = s.norm[i];
+                p.reference[group * p.n_shared + i] = peak;
+            }
         }
-        bool finite = isfinite(peak) || n_probes > 0;
-        for (int n = 0; n < n_probes && i < n_query; ++n) {
-            const float score = s.probe[i][n] * p.to_log2;
-            finite = finite && isfinite(score);
-            peak = fmaxf(peak, score);
-        }
-        s.reference[i] = peak;
-        if (!finite || !(s.norm[i] <= kMaxQueryNorm)) {
-            s.failed = 1;
-        }
-        if (blockIdx.x == 0 && i < n_query) {
-            p.query_norm[group * p.n_shared + i] = s.norm[i];
-            p.reference[group * p.n_shared + i] = peak;
-        }
+    } else if (lane == 0) {
+        s.reference[i] = 0;
     }
     __syncthreads();
     return s.failed == 0;
@@ -249,42 +257,71 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
     return to;
 }
 
-// Exact weights of cells that the index does not cover, a lane to each two: they are attended for sure, and belong to the bound.
-__device__ __noinline__ void add_exact(const Problem & p, int group, int block, uint64_t cells, Shared & s, float & key_norm,
-                                       bool & failed) {
+// Exact weights of cells that the index does not cover: they are attended for sure, and belong to the bound. 8 lanes to a cell.
+template <DType type>
+__device__ __noinline__ bool add_exact(const Problem & p, int group, int block, uint64_t cells, Shared & s, float & key_norm) {
+    constexpr int kLanes = 8;
+    constexpr int kChunks = kMaxKernelDim / (kLanes * 8);
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
+    const int dim = p.planes.key_dim;
+    const int64_t first_row = p.first_row(group) + static_cast<int64_t>(block) * kBlockCells;
+    const int kv_head = p.kv_head_of(group);
+    float longest = 0;
+    bool failed = false;
     float sum[kMaxShared] = {};
-    for (int half = 0; half < 2; ++half) {
-        const int bit = half * 32 + lane;
-        if ((cells >> bit & 1) == 0) {
+#pragma unroll 2
+    for (int first = 0; first < kBlockCells; first += 32 / kLanes) {
+        const int bit = first + lane / kLanes;
+        const bool is_there = (cells >> bit & 1) != 0;
+        if (!__any_sync(~0u, is_there)) {
             continue;
         }
-        const std::byte * row = p.keys.row(p.first_row(group) + block * kBlockCells + bit, p.kv_head_of(group));
+        Eight<type> chunks[kChunks];
+#pragma unroll
+        for (int k = 0; k < kChunks; ++k) {
+            const int c = (k * kLanes + lane % kLanes) * 8;
+            chunks[k].clear();
+            if (is_there && c < dim) {
+                chunks[k].load(p.keys.row(first_row + bit, kv_head), c);
+            }
+        }
         float dot[kMaxShared] = {};
         float squared = 0;
-        for (int c = 0; c < p.planes.key_dim; c += 8) {
-            float key[8];
-            load_eight(p.keys.type, row, c, key);
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                squared = fmaf(key[e], key[e], squared);
+        for (int k = 0; k < kChunks; ++k) {
+            if (k * kLanes * 8 < dim) {
+                const int c = (k * kLanes + lane % kLanes) * 8;
+                float key[8];
+                chunks[k].widen(key);
 #pragma unroll
-                for (int i = 0; i < kMaxShared; ++i) {
-                    if (i < n_query) {
-                        dot[i] = fmaf(s.query[i][c + e], key[e], dot[i]);
+                for (int e = 0; e < 8; ++e) {
+                    squared = fmaf(key[e], key[e], squared);
+#pragma unroll
+                    for (int i = 0; i < kMaxShared; ++i) {
+                        if (i < n_query) {
+                            dot[i] = fmaf(s.query[i][c + e], key[e], dot[i]);
+                        }
                     }
                 }
             }
         }
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) {
+            squared += __shfl_xor_sync(~0u, squared, step);
+        }
         const float norm = sqrtf(squared) * kNormInflation;
-        key_norm = fmaxf(key_norm, norm);
+        longest = fmaxf(longest, norm);
         failed = failed || !isfinite(norm);
 #pragma unroll
         for (int i = 0; i < kMaxShared; ++i) {
             if (i < n_query) {
-                const float error = (2.0f * static_cast<float>(p.planes.key_dim) + 16.0f) * kUnit * s.norm[i] * norm * p.to_log2;
-                const float weight = exp2_fast(dot[i] * p.to_log2 - s.reference[i] - error * 1.001f);
+#pragma unroll
+                for (int step = 1; step < kLanes; step *= 2) {
+                    dot[i] += __shfl_xor_sync(~0u, dot[i], step);
+                }
+                const float error = (2.0f * static_cast<float>(dim) + 16.0f) * kUnit * s.norm[i] * norm * p.to_log2;
+                const float weight = is_there ? exp2_fast(dot[i] * p.to_log2 - s.reference[i] - error * 1.001f) : 0.0f;
                 sum[i] += weight;
                 failed = failed || !isfinite(weight);
             }
@@ -292,11 +329,13 @@ __device__ __noinline__ void add_exact(const Problem & p, int group, int block, 
     }
 #pragma unroll
     for (int i = 0; i < kMaxShared; ++i) {
-        const float all = sum_of_warp(sum[i]);
+        const float all = sum_of_warp(lane % kLanes == 0 ? sum[i] : 0.0f);
         if (lane == 0) {
             s.lower[threadIdx.x / 32][i] += static_cast<double>(all);
         }
     }
+    key_norm = fmaxf(key_norm, longest);
+    return failed;
 }
 
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
@@ -315,7 +354,8 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const int64_t first_slot = p.slot_of(group, 0);
     const uint64_t * indexed = p.planes.indexed + first_slot;
     // The first block is under way while the queries are prepared.
-    int block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);
+    const int first_block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);
+    int block = first_block;
     uint64_t seen = block >= 0 ? visible[block] : 0;
     uint64_t cells = block >= 0 ? seen & indexed[block] : 0;
     if (cells != 0) {
@@ -352,19 +392,13 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     float key_norm = 0;
     int scanned = 0;
     bool failed = false;
+    bool has_others = false;
 
     while (block >= 0) {
         const int next = block - p.n_scan * kWarps;
         const uint64_t next_seen = next >= 0 ? visible[next] : 0;
         const uint64_t next_cells = next >= 0 ? next_seen & indexed[next] : 0;
-        if (const uint64_t others = seen & ~cells; others != 0) {
-            add_exact(p, group, block, others, s, key_norm, failed);
-            const int64_t slot = first_slot + block;
-            const bool complete = seen == ~uint64_t{0} || (block + 1 < p.n_blocks && visible[block + 1] != 0);
-            if (lane == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 && atomicExch(&p.queued[slot], 1) == 0) {
-                p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
-            }
-        }
+        has_others = has_others || (seen & ~cells) != 0;
         float places[n_quad][8];
         ToBin to[n_quad];
         if (cells != 0) {
@@ -438,6 +472,19 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         seen = next_seen;
         cells = next_cells;
     }
+    // What the index does not cover yet: the newest cells, or much more after a prompt or a restored state.
+    for (int at = first_block; has_others && at >= 0; at -= p.n_scan * kWarps) {
+        const uint64_t others = visible[at] & ~indexed[at];
+        if (others == 0) {
+            continue;
+        }
+        with_type(p.keys.type, [&]<DType type>() { failed = add_exact<type>(p, group, at, others, s, key_norm) || failed; });
+        const int64_t slot = first_slot + at;
+        const bool complete = visible[at] == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
+        if (lane == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 && atomicExch(&p.queued[slot], 1) == 0) {
+            p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
+        }
+    }
     __syncwarp();  // what add_exact left in shared memory
 
     // What the warps found, added in an order that does not depend on timing.
@@ -477,12 +524,12 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
             p.attend_all[group] = 1;
         }
     }
+    static_assert(kWarps * 32 == kBins);
+#pragma unroll 1
     for (int i = 0; i < n_query; ++i) {
-        for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kWarps * 32) {
-            const uint32_t count = s.histogram[i][b];
-            if (count != 0) {
-                atomicAdd(&p.histogram[(static_cast<int64_t>(group) * p.n_shared + i) * kBins + b], count);
-            }
+        const uint32_t count = s.histogram[i][threadIdx.x];
+        if (count != 0) {
+            atomicAdd(&p.histogram[(static_cast<int64_t>(group) * p.n_shared + i) * kBins + threadIdx.x], count);
         }
     }
 }
@@ -492,7 +539,7 @@ template <int n_tiles, int n_quad> void launch(const Problem & p, cudaStream_t s
     constexpr size_t kBytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles>);
     const auto kernel = scan<n_tiles, n_quad>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "launch_scan");
-    kernel<<<grid, kWarps * 32, kBytes, stream>>>(p);
+    kernel<<<grid, kWarps * 32, kBytes, stream>>>(p);  // behind a kernel that is not ours
     check(cudaGetLastError(), "launch_scan");
 }
 

@@ -64,6 +64,7 @@ template <int e> __device__ __forceinline__ float edge_of(uint32_t word) {
 
 // n_most: queries to a group, n_pairs: pairs of channels to a lane, at most.
 template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32) select(const __grid_constant__ Problem p) {
+    wait_for_previous();
     extern __shared__ __align__(16) std::byte memory[];
     Shared & s = *reinterpret_cast<Shared *>(memory);
     constexpr int kWidth = 64 * n_pairs;
@@ -292,12 +293,11 @@ template <int n_most> void launch(const Problem & p, cudaStream_t stream) {
             check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                   "launch_select");
         }
-        kernel<<<grid, kWarps * 32, bytes, stream>>>(p);
+        launch_behind(kernel, grid, kWarps * 32, bytes, p, stream);
     };
     p.planes.value_dim <= 64    ? run(select<n_most, 1>, 1)
     : p.planes.value_dim <= 128 ? run(select<n_most, 2>, 2)
                                 : run(select<n_most, 4>, 4);
-    check(cudaGetLastError(), "launch_select");
 }
 
 }  // namespace
