@@ -43,12 +43,12 @@ def type_(*words: str) -> Error:
     return TypeError, ".*".join(map(re.escape, words))
 
 
-class OnGpu:
+class ElsewhereArray:
     def __dlpack__(self, **settings: object) -> object:
         raise AssertionError("not reached")
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
+        return 10, 0
 
 
 ARRAYS: list[tuple[Any, Error]] = [
@@ -65,7 +65,7 @@ ARRAYS: list[tuple[Any, Error]] = [
     (np.ones(DIM, np.float32), value("keys has shape (6,)", "accepted is (n, dim)")),
     (np.ones((1, 1, 2, DIM), np.float32), value("keys has shape (1, 1, 2, 6)", "accepted")),
     (memoryview(bytes(24)), type_("keys has dtype uint8", "accepted is float32")),
-    (OnGpu(), value("keys is on device (2, 0)", "accepted is host memory")),
+    (ElsewhereArray(), value("keys is on device (10, 0)", "accepted is host memory")),
 ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._arrays import as_keys, as_queries
+from .device_index import DeviceIndex
 from .index import Index, _oracle, certificate
 from .matches import Certificate
 from .oracles import Mass, Oracle
@@ -36,12 +37,14 @@ def attention(
     Returns the output, float32, shaped as the queries with value_dim for dim, and a certificate for each query:
     ``delta`` bounds the softmax mass that was left out, ``error_bound`` the distance to dense attention's output.
     With a NaN or an infinity the output is what dense attention gives, and the certificate says ``dense``. All live
-    values are read once, for the means and the error bound.
+    values are read once, for the means and the error bound. An index on a GPU does as its ``attention`` says.
 
     Raises TypeError or ValueError, an empty index included.
     """
     if not isinstance(index, Index):
         raise TypeError(f"index must be a louver_llama.Index, not {index!r}")
+    if isinstance(index, DeviceIndex):
+        return index.attention(queries, values, oracle, compensate=compensate, scale=scale)
     if not isinstance(compensate, bool):
         raise TypeError(f"compensate must be True or False, not {compensate!r}")
     array, shape = as_queries(queries, index.n_head_kv, index.dim)

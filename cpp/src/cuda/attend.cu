@@ -1,6 +1,7 @@
 // Exact attention over the survivors of all groups, in even shares: a warp takes a run of the list, one group at a time, with a
 // running peak (online softmax, arXiv 1805.02867). Several lanes share a row, 8 of its channels to each.
 #include "cuda/certify.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -43,7 +44,7 @@ template <DType type> __device__ __forceinline__ int bytes_of(int dim) {
 __device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
     constexpr int kLine = 128;
     for (int first = 0; first < bytes; first += kLine) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + first));
+        prefetch(row + first);
     }
 }
 
@@ -245,7 +246,7 @@ __device__ __forceinline__ void count_before(const Problem & p, int * before, in
 template <DType type, int width, int n_most> __global__ void __launch_bounds__(kWarps * 32, n_most <= 4 ? 2 : 1)
     attend(const __grid_constant__ Problem p) {
     wait_for_previous();
-    extern __shared__ __align__(16) std::byte memory[];
+    std::byte * memory = shared_memory();
     Shared & s = *reinterpret_cast<Shared *>(memory);
     int * before = reinterpret_cast<int *>(memory + sizeof(Shared));
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -329,9 +330,8 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
 
 template <DType type, int width, int n_most> void launch(const Problem & p, cudaStream_t stream) {
     const size_t bytes = sizeof(Shared) + static_cast<size_t>(p.n_group * p.n_select + 1) * sizeof(int);
-    const auto kernel = attend<type, width, n_most>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "launch_attend");
-    launch_behind(kernel, dim3(static_cast<unsigned>(p.n_attend)), kWarps * 32, bytes, p, stream);
+    launch_kernel(attend<type, width, n_most>, {dim3(static_cast<unsigned>(p.n_attend)), kWarps * 32, bytes, p.overlaps}, stream,
+                  p);
 }
 
 template <DType type, int width> void launch(const Problem & p, cudaStream_t stream) {

@@ -1,6 +1,7 @@
 // Every visible cell in float64 against what was decided without looking (DecodeSettings::check). Runs before the parts are
 // combined.
 #include "cuda/certify.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -74,8 +75,7 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
 void launch_check(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(min((p.n_blocks + kWarps - 1) / kWarps, 64)),
                     static_cast<unsigned>(p.n_group * p.n_shared));
-    with_type(p.keys.type, [&]<DType type>() { compare<type><<<grid, kWarps * 32, 0, stream>>>(p); });
-    check(cudaGetLastError(), "launch_check");
+    with_type(p.keys.type, [&]<DType type>() { launch_kernel(compare<type>, {grid, kWarps * 32}, stream, p); });
 }
 
 }  // namespace louver::cuda

@@ -2,6 +2,7 @@
 // found complete and not indexed: the next step scans them.
 #include "cuda/certify.cuh"
 #include "cuda/encode.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 
 namespace louver::cuda {
@@ -298,7 +299,8 @@ template <DType type> __global__ void __launch_bounds__(kThreads) combine_all(co
 
 void launch_combine(const Problem & p, cudaStream_t stream) {
     with_type(p.keys.type, [&]<DType type>() {
-        launch_behind(combine_all<type>, dim3(static_cast<unsigned>(p.n_group * p.n_shared + kEncoders)), kThreads, 0, p, stream);
+        launch_kernel(combine_all<type>,
+                      {dim3(static_cast<unsigned>(p.n_group * p.n_shared + kEncoders)), kThreads, 0, p.overlaps}, stream, p);
     });
 }
 

@@ -1,5 +1,6 @@
 #include "cuda/encode.cuh"
 
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 
 namespace louver::cuda {
@@ -61,8 +62,7 @@ __global__ void invalidate_range(const __grid_constant__ WriteTarget target, int
 
 void launch_repair(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_blocks), static_cast<unsigned>(p.n_head_kv), static_cast<unsigned>(p.n_stream));
-    with_type(p.keys.type, [&]<DType type>() { repair<type><<<grid, kEncodeThreads, 0, stream>>>(p); });
-    check(cudaGetLastError(), "launch_repair");
+    with_type(p.keys.type, [&]<DType type>() { launch_kernel(repair<type>, {grid, kEncodeThreads}, stream, p); });
 }
 
 void launch_build(const Planes & planes, const Plane & keys, const Plane & values, int64_t kv_size, int stream_of_cache,
@@ -72,10 +72,9 @@ void launch_build(const Planes & planes, const Plane & keys, const Plane & value
     }
     const dim3 grid(static_cast<unsigned>(n_blocks_for(n_cells)), static_cast<unsigned>(planes.n_head_kv));
     with_type(keys.type, [&]<DType type>() {
-        build<type><<<grid, kEncodeThreads, 0, stream>>>(planes, keys, values, stream_of_cache * kv_size, stream_of_cache,
-                                                         n_cells, totals);
+        launch_kernel(build<type>, {grid, kEncodeThreads}, stream, planes, keys, values, stream_of_cache * kv_size,
+                      stream_of_cache, n_cells, totals);
     });
-    check(cudaGetLastError(), "launch_build");
 }
 
 void launch_invalidate(const WriteTargets & targets, const void * rows, bool wide, int n_rows, cudaStream_t stream) {
@@ -84,13 +83,11 @@ void launch_invalidate(const WriteTargets & targets, const void * rows, bool wid
     }
     constexpr unsigned kThreads = 128;
     const dim3 grid((static_cast<unsigned>(n_rows) + kThreads - 1) / kThreads, static_cast<unsigned>(targets.n));
-    invalidate_rows<<<grid, kThreads, 0, stream>>>(targets, rows, wide, n_rows);
-    check(cudaGetLastError(), "launch_invalidate");
+    launch_kernel(invalidate_rows, {grid, kThreads}, stream, targets, rows, wide, n_rows);
 }
 
 void launch_invalidate(const WriteTarget & target, int64_t first, int64_t count, cudaStream_t stream) {
-    invalidate_range<<<256, 256, 0, stream>>>(target, first, count);
-    check(cudaGetLastError(), "launch_invalidate");
+    launch_kernel(invalidate_range, {dim3(256), 256}, stream, target, first, count);
 }
 
 }  // namespace louver::cuda

@@ -161,9 +161,10 @@ template <DType type> __device__ void encode_block(const Planes & planes, const 
         for (uint64_t left = fits; left != 0; left &= left - 1) {
             sum += element<type>(value(__ffsll(static_cast<long long>(left)) - 1), thread);
         }
-        const uint16_t mean = isfinite(sum) && fits != 0
-                                  ? bf16_nearest(sum / static_cast<float>(__popcll(static_cast<long long>(fits))))
-                                  : uint16_t{0};
+        uint16_t mean = fits != 0 ? bf16_nearest(sum / static_cast<float>(__popcll(static_cast<long long>(fits)))) : uint16_t{0};
+        if (!isfinite(bf16_float(mean))) {  // the sum overflowed, or was rounded up to infinity
+            mean = 0;
+        }
         planes.means_of(slot)[thread] = mean;
         mean_squared = static_cast<double>(bf16_float(mean)) * static_cast<double>(bf16_float(mean));
     }

@@ -8,33 +8,6 @@
 
 namespace louver::cuda {
 
-#ifdef __CUDACC__
-// The kernels of one op start while the one before still runs, where the device can (programmatic dependent launch, compute
-// capability 9.0), and wait for it themselves: then its results are there, and those of all before it.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    cudaTriggerProgrammaticLaunchCompletion();
-    cudaGridDependencySynchronize();
-#endif
-}
-
-// Launches a kernel of that kind.
-inline void launch_behind(void (*kernel)(Problem), dim3 grid, unsigned threads, size_t shared_bytes, const Problem & p,
-                          cudaStream_t stream) {
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = p.overlaps ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, p), "cudaLaunchKernelEx");
-}
-#endif
-
 // Mask to bits, and each query token's Sight. Rows are [n_stream][n_token], `stride` words apart.
 void launch_sight(const Mask & mask, int n_token, int n_stream, int n_kv, const DecodeSettings & settings, int64_t stride,
                   uint64_t * visible, Sight * sight, cudaStream_t stream);

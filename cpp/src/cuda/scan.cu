@@ -5,7 +5,7 @@
 //
 // and the integer dot products on the tensor cores: 16 keys by 32 channels of codes at a time, times the levels of up to 4
 // queries, the high and the low 8 bits of each a column of its own.
-#include "cuda/encode.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 #include "cuda/warp.cuh"
@@ -138,17 +138,6 @@ template <int n_tiles> struct Stage {
     float bounds[sizeof(BlockBounds) / sizeof(float)];
 };
 
-template <int bytes> __device__ __forceinline__ void copy_async(void * to, const void * from) {
-    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    if constexpr (bytes == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(bytes) : "memory");
-    }
-}
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 template <int n_tiles> __device__ __forceinline__ void fetch(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const uint4 * codes = reinterpret_cast<const uint4 *>(planes.codes_of(slot)) + lane;
@@ -164,12 +153,6 @@ template <int n_tiles> __device__ __forceinline__ void fetch(Stage<n_tiles> & st
     if (lane < kBounds) {
         copy_async<4>(&stage.bounds[lane], reinterpret_cast<const float *>(planes.bounds + slot) + lane);
     }
-}
-
-__device__ __forceinline__ void multiply_add(int (&sum)[4], const uint4 & codes, const uint32_t (&levels)[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(codes.x), "r"(codes.y), "r"(codes.z), "r"(codes.w), "r"(levels[0]), "r"(levels[1]));
 }
 
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -340,7 +323,7 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
 
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
     scan(const __grid_constant__ Problem p) {
-    extern __shared__ __align__(16) std::byte memory[];
+    std::byte * memory = shared_memory();
     Shared & s = *reinterpret_cast<Shared *>(memory);
     const int group = static_cast<int>(blockIdx.y);
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -538,9 +521,7 @@ template <int n_tiles, int n_quad> void launch(const Problem & p, cudaStream_t s
     const dim3 grid(static_cast<unsigned>(p.n_scan), static_cast<unsigned>(p.n_group));
     constexpr size_t kBytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles>);
     const auto kernel = scan<n_tiles, n_quad>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes)), "launch_scan");
-    kernel<<<grid, kWarps * 32, kBytes, stream>>>(p);  // behind a kernel that is not ours
-    check(cudaGetLastError(), "launch_scan");
+    launch_kernel(kernel, {grid, kWarps * 32, kBytes}, stream, p);
 }
 
 template <int n_tiles> void launch(const Problem & p, cudaStream_t stream) {

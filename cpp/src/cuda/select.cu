@@ -2,6 +2,7 @@
 // the highest whose bins, each cell counted with the weight at its bin's upper edge, add up to at most epsilon of the mass: the
 // mass oracle (louver/mass_oracle.h) with all weights as its sample, and so with nothing left to verify.
 #include "cuda/certify.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -65,7 +66,7 @@ template <int e> __device__ __forceinline__ float edge_of(uint32_t word) {
 // n_most: queries to a group, n_pairs: pairs of channels to a lane, at most.
 template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32) select(const __grid_constant__ Problem p) {
     wait_for_previous();
-    extern __shared__ __align__(16) std::byte memory[];
+    std::byte * memory = shared_memory();
     Shared & s = *reinterpret_cast<Shared *>(memory);
     constexpr int kWidth = 64 * n_pairs;
     float * added_by_warps = reinterpret_cast<float *>(memory + kSharedBytes);
@@ -289,11 +290,7 @@ template <int n_most> void launch(const Problem & p, cudaStream_t stream) {
     const auto run = [&](auto kernel, size_t n_pairs) {
         const size_t bytes = kSharedBytes + kWarps * n_most * 64 * n_pairs * sizeof(float) +
                              static_cast<size_t>((p.n_blocks + p.n_select - 1) / p.n_select) * kBytesPerBlock;
-        if (bytes > 48 * 1024) {
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-                  "launch_select");
-        }
-        launch_behind(kernel, grid, kWarps * 32, bytes, p, stream);
+        launch_kernel(kernel, {grid, kWarps * 32, bytes, p.overlaps}, stream, p);
     };
     p.planes.value_dim <= 64    ? run(select<n_most, 1>, 1)
     : p.planes.value_dim <= 128 ? run(select<n_most, 2>, 2)

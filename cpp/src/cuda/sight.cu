@@ -1,4 +1,5 @@
 // The mask as bits, and what each query token sees: once for all layers of a graph.
+#include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/warp.cuh"
 
@@ -151,11 +152,11 @@ void launch_sight(const Mask & mask, int n_token, int n_stream, int n_kv, const 
                   uint64_t * visible, Sight * sight, cudaStream_t stream) {
     const int n_blocks = n_blocks_for(n_kv);
     const int rows = n_token * n_stream;
-    forget<<<1, static_cast<unsigned>(rows), 0, stream>>>(sight);
+    launch_kernel(forget, {dim3(1), static_cast<unsigned>(rows)}, stream, sight);
     const dim3 grid(static_cast<unsigned>((n_blocks + kWarps - 1) / kWarps), static_cast<unsigned>(rows));
-    mask_to_bits<<<grid, kWarps * 32, 0, stream>>>(mask, n_token, n_kv, n_blocks, stride, visible, sight);
-    see<<<static_cast<unsigned>(rows), 256, 0, stream>>>(visible, stride, n_blocks, settings.sinks, settings.recent, sight);
-    check(cudaGetLastError(), "launch_sight");
+    launch_kernel(mask_to_bits, {grid, kWarps * 32}, stream, mask, n_token, n_kv, n_blocks, stride, visible, sight);
+    launch_kernel(see, {dim3(static_cast<unsigned>(rows)), 256}, stream, visible, stride, n_blocks, settings.sinks,
+                  settings.recent, sight);
 }
 
 }  // namespace louver::cuda

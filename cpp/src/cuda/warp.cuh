@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace louver::cuda {
 
 __device__ __forceinline__ float sum_of_warp(float x) {
@@ -43,13 +45,6 @@ template <class T> __device__ __forceinline__ T exclusive_sum(T x) {
         }
     }
     return sum - x;
-}
-
-// 2^x, off by less than 2^-21 relatively (PTX ISA, ex2.approx); results below 2^-126 become 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }

@@ -1,0 +1,57 @@
+// How kernels are launched, and what they share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "cuda/ptx.cuh"
+
+namespace louver::cuda {
+
+// The dynamic shared memory of a thread block.
+__device__ __forceinline__ std::byte * shared_memory() {
+    extern __shared__ __align__(16) std::byte memory[];
+    return memory;
+}
+
+struct Launch {
+    dim3 grid;
+    unsigned threads;
+    size_t shared_bytes = 0;
+    bool overlaps = false;  // the kernel calls wait_for_previous()
+};
+
+template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...), const Launch & launch, cudaStream_t stream,
+                                                  const std::type_identity_t<Parameters> &... arguments) {
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (launch.shared_bytes > kWithoutAsking) {
+        check(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(launch.shared_bytes)),
+              "cudaFuncSetAttribute");
+    }
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = launch.grid;
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = launch.overlaps ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
+}
+
+// Kernels of one op start while the one before still runs, where the device can (programmatic dependent launch, compute
+// capability 9.0), and wait for it here: then its results are there, and those of all before it.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+    cudaGridDependencySynchronize();
+#endif
+}
+
+}  // namespace louver::cuda
