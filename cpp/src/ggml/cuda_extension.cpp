@@ -123,12 +123,16 @@ class Engine {
         }
     }
 
-    cuda::Workspace & workspace(int device, void * stream) {
-        std::unique_ptr<cuda::Workspace> & found = workspaces_[{device, stream}];
-        if (found == nullptr) {
-            found = std::make_unique<cuda::Workspace>(device);
+    // A stream's workspace lives as long as a cache that was attended to on it.
+    cuda::Workspace & workspace(int device, void * stream, DeviceCache & cache) {
+        std::weak_ptr<cuda::Workspace> & found = workspaces_[{device, stream}];
+        std::shared_ptr<cuda::Workspace> space = found.lock();
+        if (space == nullptr) {
+            space = std::make_shared<cuda::Workspace>(device);
+            found = space;
         }
-        return *found;
+        cache.workspaces.insert(space);
+        return *space;
     }
 
     // The rows that this graph will write are cleared from the indexes before any of its nodes runs. ROPE and SET_ROWS may be
@@ -199,7 +203,7 @@ class Engine {
             action.cache = add(device, view, owner);
             if (action.cache == nullptr) return stock(Reason::device_memory);
         }
-        cuda::Workspace & space = workspace(device, stream);
+        cuda::Workspace & space = workspace(device, stream, *action.cache);
         cuda::AttentionOp op = op_of(view, config.decode);
         if (prefill) {
             // Brings the index up to date with what the last token sees.
@@ -259,7 +263,9 @@ class Engine {
         seen_generation_ = space.generation();
         generation_ = 0;
         for (const auto & [at, other] : workspaces_) {
-            generation_ += other->generation();
+            if (const auto living = other.lock()) {
+                generation_ += living->generation();
+            }
         }
     }
 
@@ -297,7 +303,7 @@ class Engine {
     std::mutex mutex_;
     std::vector<char> supported_;
     std::map<std::pair<int, const void *>, std::shared_ptr<Graph>> graphs_;
-    std::map<std::pair<int, void *>, std::unique_ptr<cuda::Workspace>> workspaces_;
+    std::map<std::pair<int, void *>, std::weak_ptr<cuda::Workspace>> workspaces_;
     int64_t generation_ = 0;  // of all workspaces
     int64_t seen_generation_ = -1;
     std::set<std::pair<const void *, int64_t>> refused_;

@@ -2,6 +2,9 @@
 // the host.
 #pragma once
 
+#include <memory>
+#include <set>
+
 #include "cuda/attention.h"
 #include "ggml/attention_view.h"
 #include "ggml/cache.h"
@@ -18,6 +21,7 @@ struct DeviceCache final : Cache {
     void describe(Stats & stats) const override;
 
     cuda::CacheIndex index;
+    std::set<std::shared_ptr<cuda::Workspace>> workspaces;  // of the streams that attend to it
     int n_head;
     // Whether the index took part in every op lately. Stock's steps do not tell it which blocks are complete.
     bool is_current = false;
