@@ -20,6 +20,7 @@ CUDA_ARCH ?= native
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake cpp -type f 2>/dev/null)
 
+CLANG_FORMATTED := cpp fuzz tests/cuda tools/cuda
 INSTALLED := $(VENV)/.installed-cuda-$(CUDA)
 
 .PHONY: help setup demo test fuzz gpu lint format clean
@@ -53,11 +54,11 @@ lint: setup $(VENV)/.dev
 	@rm -rf build/typed && mkdir -p build/typed && cp -r python/louver_llama build/typed/ && \
 	  cp $(VENV)/lib/python3*/site-packages/louver_llama/_*.pyi build/typed/louver_llama/ && \
 	  MYPYPATH=build/typed $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror $$(find cpp fuzz -name '*.h' -o -name '*.cpp')
+	@$(BIN)/clang-format --dry-run -Werror $$(find $(CLANG_FORMATTED) | grep -E '\.(h|cpp|cu|cuh)$$')
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	@$(BIN)/clang-format -i $$(find cpp fuzz -name '*.h' -o -name '*.cpp')
+	@$(BIN)/clang-format -i $$(find $(CLANG_FORMATTED) | grep -E '\.(h|cpp|cu|cuh)$$')
 
 clean:
 	rm -rf $(VENV) .cache build

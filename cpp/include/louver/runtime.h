@@ -45,8 +45,8 @@ LOUVER_API bool has_cuda();
 LOUVER_API std::vector<DeviceInfo> devices();
 
 // Registers our attention with ggml-cpu, and with ggml-cuda where it is built in, in the place of any other extension. Once is
-// enough. Throws LibraryMismatch if the libraries found at run time are not the pin's, std::invalid_argument for a bad LOUVER_ISA.
-// Not to be called while a graph is being computed.
+// enough. Throws LibraryMismatch if the libraries found at run time are not the pin's, std::invalid_argument for a bad
+// LOUVER_ISA. Not to be called while a graph is being computed.
 LOUVER_API void attach();
 
 struct RuntimeConfig {
