@@ -322,6 +322,7 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
 
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
     scan(const __grid_constant__ Problem p) {
+    wait_for_previous();  // launched behind a kernel that is not ours it waits for nothing, but lets the next one start
     std::byte * memory = shared_memory();
     Shared & s = *reinterpret_cast<Shared *>(memory);
     const int group = static_cast<int>(blockIdx.y);

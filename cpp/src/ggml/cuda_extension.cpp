@@ -50,6 +50,7 @@ struct Evaluation {
     int n_row = 0;
     int sinks = 0;
     int recent = 0;
+    int64_t workspace_generation = -1;
 };
 thread_local Evaluation evaluation;
 
@@ -213,7 +214,7 @@ class Engine {
             op.n_token = 1;
             if (op.n_stream <= cuda::kMaxRows) {
                 space.see(action.cache->index, op, stream);
-                note(space, {});
+                note({});
                 space.repair(action.cache->index, op, stream);
             }
             return stock(Reason::prefill);
@@ -246,21 +247,21 @@ class Engine {
     // The mask's bits, once for all layers that share it.
     void see(cuda::Workspace & space, const DeviceCache & cache, const cuda::AttentionOp & op, void * stream) {
         space.reserve(cache.index, op.n_head, op.n_token * op.n_stream);
-        const Evaluation wanted{evaluation.graph,         op.mask.data,      op.n_kv,
-                                op.n_token * op.n_stream, op.settings.sinks, op.settings.recent};
+        const Evaluation wanted{evaluation.graph,  op.mask.data,       op.n_kv,           op.n_token * op.n_stream,
+                                op.settings.sinks, op.settings.recent, space.generation()};
         const bool same = evaluation.mask == wanted.mask && evaluation.n_kv == wanted.n_kv && evaluation.n_row == wanted.n_row &&
-                          evaluation.sinks == wanted.sinks && evaluation.recent == wanted.recent;
-        if (!same || space.generation() != seen_generation_ || evaluation.mask == nullptr) {
+                          evaluation.sinks == wanted.sinks && evaluation.recent == wanted.recent &&
+                          evaluation.workspace_generation == wanted.workspace_generation;
+        if (!same || evaluation.mask == nullptr) {
             space.see(cache.index, op, stream);
         }
-        note(space, wanted);
+        note(wanted);
     }
 
-    void note(const cuda::Workspace & space, const Evaluation & seen) {
+    void note(const Evaluation & seen) {
         const std::shared_ptr<Graph> graph = evaluation.graph;
         evaluation = seen;
         evaluation.graph = graph;
-        seen_generation_ = space.generation();
         generation_ = 0;
         for (const auto & [at, other] : workspaces_) {
             if (const auto living = other.lock()) {
@@ -305,7 +306,6 @@ class Engine {
     std::map<std::pair<int, const void *>, std::shared_ptr<Graph>> graphs_;
     std::map<std::pair<int, void *>, std::weak_ptr<cuda::Workspace>> workspaces_;
     int64_t generation_ = 0;  // of all workspaces
-    int64_t seen_generation_ = -1;
     std::set<std::pair<const void *, int64_t>> refused_;
 };
 
