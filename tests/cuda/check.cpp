@@ -1,8 +1,8 @@
 // Every CUDA kernel against float64 on the host: louver_cuda_check [--quick]. Exit status 0 if all holds.
 // --quick is for compute-sanitizer, under which everything takes much longer.
 #include <cstring>
-#include <functional>
 
+#include "cuda/device_index.h"
 #include "louver/grid_index.h"
 #include "report.h"
 #include "scene.h"
@@ -441,6 +441,110 @@ void check_bias(Report & report, const Shape & shape) {
     report.expect(index.totals().not_plain == static_cast<unsigned long long>(scene.n_head), shape.name() + ": not_plain");
 }
 
+StridedKeys strided(const Scene & scene, const cuda::Plane & plane) {
+    const int64_t element = plane.type == DType::f32 ? 4 : 2;
+    return {plane.data, plane.type,        scene.shape.n_head_kv, scene.shape.kv_size,
+            plane.dim,  plane.head_stride, plane.row_stride,      element};
+}
+
+// The library over keys on a device: every key with q.k >= tau and no other. The keys are whole numbers, and so are half of the
+// thresholds scores: sums are exact, and ties are many.
+void check_search(Report & report, const Shape & shape, uint64_t seed) {
+    Scene scene(shape, seed);
+    std::vector<float> row(static_cast<size_t>(shape.key_dim));
+    for (int64_t r = 0; r < scene.rows(); ++r) {
+        for (int head = 0; head < shape.n_head_kv; ++head) {
+            for (float & x : row) {
+                x = std::nearbyint(3 * scene.normal());
+            }
+            if (r == 77 && shape.kv_size > 100) {
+                row[5] = INFINITY;  // found by every query
+            }
+            store_row(shape.type, row.data(), shape.key_dim, const_cast<std::byte *>(scene.host_key(r, head)));
+        }
+    }
+    scene.upload();
+    cuda::DeviceIndex index(0, strided(scene, scene.key_plane()), nullptr);
+    const auto n_query = static_cast<size_t>(scene.n_head);
+    std::vector<float> queries;
+    for (size_t i = 0; i < n_query * static_cast<size_t>(shape.key_dim); ++i) {
+        queries.push_back(std::nearbyint(2 * scene.normal()));
+    }
+    const auto score_of = [&](size_t query, int64_t r) {
+        double sum = 0;
+        for (int c = 0; c < shape.key_dim; ++c) {
+            sum += static_cast<double>(queries[query * static_cast<size_t>(shape.key_dim) + static_cast<size_t>(c)]) *
+                   load_element(shape.type, scene.host_key(r, static_cast<int>(query) / shape.n_gqa), c);
+        }
+        return sum;
+    };
+    std::vector<double> tau(n_query);
+    for (const int kind : {0, 1, 2, 3}) {
+        for (size_t query = 0; query < n_query; ++query) {
+            const auto some = static_cast<int64_t>(scene.uniform() * static_cast<double>(shape.kv_size));
+            const double found = score_of(query, some == 77 ? 0 : some);
+            tau[query] = kind == 0        ? found
+                         : kind == 1      ? std::nextafter(found, INFINITY)
+                         : kind == 2      ? 60 + 10 * scene.uniform()
+                         : query % 2 == 0 ? -INFINITY
+                                          : INFINITY;
+        }
+        const std::string name = shape.name() + ", search of kind " + std::to_string(kind);
+        index.poison();
+        const cuda::DeviceMatches matches = index.search(queries, tau);
+        const auto ids = fetch(matches.ids.as<int64_t>(), static_cast<size_t>(matches.offsets.back()));
+        const auto scores = fetch(matches.scores.as<double>(), ids.size());
+        for (size_t query = 0; query < n_query; ++query) {
+            auto at = static_cast<size_t>(matches.offsets[query]);
+            for (int64_t r = 0; r < shape.kv_size; ++r) {
+                const double score = score_of(query, r);
+                const bool found = at < static_cast<size_t>(matches.offsets[query + 1]) && ids[at] == r;
+                const bool wanted = score >= tau[query] || !std::isfinite(score);
+                report.expect(found == wanted, name + ", query " + std::to_string(query) + ": key " + std::to_string(r) + " of " +
+                                                   std::to_string(score) + (found ? " was found" : " was missed") + ", tau " +
+                                                   std::to_string(tau[query]));
+                if (found) {
+                    report.expect(scores[at] == score || !std::isfinite(score), name + ": a score");
+                    ++at;
+                }
+            }
+            report.expect(at == static_cast<size_t>(matches.offsets[query + 1]), name + ": something else was found");
+        }
+        report.expect(
+            kind != 2 || shape.kv_size < 500 || matches.stats.n_scored < static_cast<int64_t>(n_query) * shape.kv_size / 2,
+            name + ": nothing was excluded: " + std::to_string(matches.stats.n_scored));
+    }
+    report.expect(scene.intact(), shape.name() + ": a sentinel was overwritten");
+}
+
+// Attention of the library, beside dense attention.
+void check_library_attention(Report & report, const Shape & shape, uint64_t seed) {
+    Scene scene(shape, seed);
+    cuda::DeviceIndex index(0, strided(scene, scene.key_plane()), nullptr);
+    const std::vector<float> queries(scene.host_query.begin(), scene.host_query.begin() + scene.n_head * shape.key_dim);
+    for (const double epsilon : {0.05, 0.0}) {
+        for (const bool compensates : {true, false}) {
+            index.poison();
+            const cuda::DeviceAttention found = index.attend(queries, strided(scene, scene.value_plane()), epsilon,
+                                                             static_cast<double>(scene.scale), compensates);
+            const auto output = fetch(found.output.as<float>(), static_cast<size_t>(scene.n_head * shape.value_dim));
+            double attended = 0;
+            for (int head = 0; head < scene.n_head; ++head) {
+                const std::string where = shape.name() + ", library, head " + std::to_string(head);
+                const HeadCertificate & c = found.certificates[static_cast<size_t>(head)];
+                const double off = distance(&output[static_cast<size_t>(head * shape.value_dim)], scene.dense(0, head).output);
+                const double bound = static_cast<double>(c.error_bound) + tolerance(scene, 0, head);
+                report.expect(off <= bound, where + ": off by " + std::to_string(off) + ", bound " + std::to_string(bound));
+                report.expect(static_cast<double>(c.delta) <= epsilon, where + ": delta");
+                report.expect(epsilon > 0 || c.n_attended == shape.kv_size, where + ": epsilon 0 left something out");
+                attended += static_cast<double>(c.n_attended) / static_cast<double>(shape.kv_size) / scene.n_head;
+            }
+            report.expect(epsilon == 0 || attended < 0.7, shape.name() + ", library: nothing was pruned");
+        }
+    }
+    report.expect(scene.intact(), shape.name() + ": a sentinel was overwritten");
+}
+
 // That the comparisons above can fail.
 void check_controls(Report & report, const Shape & shape) {
     Scene scene(shape, 7);
@@ -517,6 +621,19 @@ int run_all(bool quick) {
     report.section("generation with a captured graph");
     check_generation(report, {128, 128, DType::f16, 2, 3, 1, 2048, 1200, 1, Keys::clustered}, quick ? 20 : 200);
     check_generation(report, {256, 256, DType::bf16, 1, 8, 1, 2048, 1200, 1, Keys::clustered}, quick ? 4 : 100);
+    report.section("the library: search and attention");
+    for (const int dim : {64, 80, 128, 256}) {
+        for (const DType type : {DType::f32, DType::f16, DType::bf16}) {
+            if (!quick || (dim == 128 && type == DType::f16) || (dim == 80 && type == DType::f32)) {
+                for (const int64_t n : {int64_t{5}, int64_t{700}}) {
+                    check_search(report, {dim, dim, type, 2, dim == 64 ? 12 : 3, 1, n, static_cast<int>(n), 1, Keys::gaussian},
+                                 seed++);
+                }
+                const int n = quick ? 700 : 1900;
+                check_library_attention(report, {dim, dim, type, 2, 3, 1, n, n, 1, Keys::clustered}, seed++);
+            }
+        }
+    }
     report.section("not finite, mask values");
     const Shape small{128, 128, DType::f16, 2, 3, 1, 512, 500, 1, Keys::clustered};
     for (const float bad : {NAN, INFINITY, -INFINITY}) {

@@ -3,6 +3,7 @@
 
 #include "cuda/device_index.h"
 #include "cuda/encode.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/warp.cuh"
 #include "index/scorer.h"
@@ -241,8 +242,7 @@ template <class Element> __global__ void pack(const __grid_constant__ StridedKey
 }  // namespace
 
 void launch_decide(const Problem & p, const SearchOp & op, cudaStream_t stream) {
-    with_type(p.keys.type, [&]<DType type>() { decide<type><<<grid_of(p), kWarps * 32, 0, stream>>>(p, op); });
-    check(cudaGetLastError(), "launch_decide");
+    with_type(p.keys.type, [&]<DType type>() { launch_kernel(decide<type>, {grid_of(p), kWarps * 32}, stream, p, op); });
 }
 
 void launch_count(const SearchOp & op, int64_t n, Memory & scratch, cudaStream_t stream) {
@@ -255,24 +255,23 @@ void launch_count(const SearchOp & op, int64_t n, Memory & scratch, cudaStream_t
 }
 
 void launch_write(const Problem & p, const SearchOp & op, int64_t * ids, double * scores, cudaStream_t stream) {
-    with_type(p.keys.type, [&]<DType type>() { write<type><<<grid_of(p), kWarps * 32, 0, stream>>>(p, op, ids, scores); });
-    check(cudaGetLastError(), "launch_write");
+    with_type(p.keys.type, [&]<DType type>() {
+        launch_kernel(write<type>, {grid_of(p), kWarps * 32}, stream, p, op, ids, scores);
+    });
 }
 
 void launch_summarize(const Problem & p, const BlockBounds * of_keys, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_blocks), static_cast<unsigned>(p.n_head_kv));
-    with_type(p.keys.type, [&]<DType type>() { summarize<type><<<grid, kWarps * 32, 0, stream>>>(p, of_keys); });
-    check(cudaGetLastError(), "launch_summarize");
+    with_type(p.keys.type, [&]<DType type>() { launch_kernel(summarize<type>, {grid, kWarps * 32}, stream, p, of_keys); });
 }
 
 void launch_pack(const StridedKeys & from, std::byte * to, cudaStream_t stream) {
-    constexpr unsigned kBlocks = 1024;
+    const dim3 grid(1024);
     if (row_bytes(from.type, 1) == 4) {
-        pack<<<kBlocks, 256, 0, stream>>>(from, reinterpret_cast<uint32_t *>(to));
+        launch_kernel(pack<uint32_t>, {grid, 256}, stream, from, reinterpret_cast<uint32_t *>(to));
     } else {
-        pack<<<kBlocks, 256, 0, stream>>>(from, reinterpret_cast<uint16_t *>(to));
+        launch_kernel(pack<uint16_t>, {grid, 256}, stream, from, reinterpret_cast<uint16_t *>(to));
     }
-    check(cudaGetLastError(), "launch_pack");
 }
 
 }  // namespace louver::cuda

@@ -188,9 +188,17 @@ inline cudaError_t cudaMemset(void * data, int value, size_t bytes) {
     std::memset(data, value, bytes);
     return cudaSuccess;
 }
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 inline cudaError_t cudaMemcpy(void * to, const void * from, size_t bytes, cudaMemcpyKind) {
     std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy2D(void * to, size_t to_stride, const void * from, size_t from_stride, size_t width, size_t height,
+                                cudaMemcpyKind) {
+    for (size_t row = 0; row < height; ++row) {
+        std::memcpy(static_cast<std::byte *>(to) + row * to_stride, static_cast<const std::byte *>(from) + row * from_stride,
+                    width);
+    }
     return cudaSuccess;
 }
 
@@ -200,6 +208,15 @@ using cudaGraph_t = CapturedGraph *;
 using cudaGraphExec_t = CapturedGraph *;
 using cudaStream_t = struct Stream *;
 inline const cudaStream_t cudaStreamPerThread = nullptr;
+inline const cudaStream_t cudaStreamLegacy = nullptr;
+inline cudaError_t cudaMemcpyAsync(void * to, const void * from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemcpy2DAsync(void * to, size_t to_stride, const void * from, size_t from_stride, size_t width,
+                                     size_t height, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy2D(to, to_stride, from, from_stride, width, height, kind);
+}
+inline cudaError_t cudaMemsetAsync(void * data, int value, size_t bytes, cudaStream_t) { return cudaMemset(data, value, bytes); }
 inline CapturedGraph * graph_in_capture = nullptr;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 inline void launch_on_stream(std::function<void()> launch) {
