@@ -31,7 +31,7 @@ using std::isnan;
 using std::max;
 using std::min;
 
-struct uint2 {
+struct alignas(8) uint2 {
     unsigned x, y;
 };
 struct alignas(16) uint4 {
@@ -40,7 +40,7 @@ struct alignas(16) uint4 {
 struct alignas(16) int4 {
     int x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 struct alignas(16) float4 {
