@@ -1,6 +1,7 @@
 // Exact attention over the survivors of all groups, in even shares: a warp takes a run of the list, one group at a time, with a
 // running peak (online softmax, arXiv 1805.02867). Several lanes share a row, 8 of its channels to each.
 #include "cuda/certify.cuh"
+#include "cuda/combine.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
@@ -9,11 +10,13 @@ namespace louver::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+static_assert(kWarps * 32 == kEncodeThreads && kWarps == kMaxShared);
 
 struct Shared {
     PartialHead head[kWarps][kMaxShared];
     alignas(16) float output[kWarps][kMaxShared][kMaxKernelDim];
     int counts[kWarps];
+    bool is_last;
     // Behind it, [n_group * n_select + 1]: survivors before each part of the list.
 };
 
@@ -247,18 +250,18 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
     attend(const __grid_constant__ Problem p) {
     wait_for_previous();
     std::byte * memory = shared_memory();
+    if (static_cast<int>(blockIdx.x) >= p.n_attend) {
+        encode_pending<type>(p, static_cast<int>(blockIdx.x) - p.n_attend, *reinterpret_cast<EncodeShared *>(memory));
+        return;
+    }
     Shared & s = *reinterpret_cast<Shared *>(memory);
     int * before = reinterpret_cast<int *>(memory + sizeof(Shared));
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_parts = p.n_group * p.n_select;
     count_before(p, before, s.counts);
-    if (blockIdx.x == 0) {
-        for (int group = static_cast<int>(threadIdx.x); group <= p.n_group; group += kWarps * 32) {
-            p.group_begin[group] = before[group * p.n_select];
-        }
-    }
-    const Shares shares(before[n_parts], p.n_attend);
+    const int total = before[n_parts];
+    const Shares shares(total, p.n_attend);
     const int block_begin = shares.begin(static_cast<int>(blockIdx.x));
     const int block_end = shares.begin(static_cast<int>(blockIdx.x) + 1);
     const int begin = block_begin + (block_end - block_begin) * warp / kWarps;
@@ -268,6 +271,10 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
     for (int group = 0; group < p.n_group; ++group) {
         const int group_begin = before[group * p.n_select];
         const int group_end = before[(group + 1) * p.n_select];
+        const int n_query = p.n_query_of(group);
+        if (group_begin == group_end && static_cast<int>(blockIdx.x) == group % p.n_attend && warp < n_query) {
+            combine_query(p, group, warp, group_begin, group_end, total);  // nothing is visible
+        }
         if (max(group_begin, block_begin) >= min(group_end, block_end)) {
             continue;  // the same for the whole thread block
         }
@@ -294,7 +301,6 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
             }
             worker.attend(p.first_row(group), p.kv_head_of(group), cell, mask);
         }
-        const int n_query = p.n_query_of(group);
         worker.end(s, n_query);
         __syncthreads();
         const int64_t slot = static_cast<int64_t>(blockIdx.x) + group;  // rises along the list, so no other has it
@@ -324,13 +330,28 @@ template <DType type, int width, int n_most> __global__ void __launch_bounds__(k
                 p.part[(slot * p.n_shared + i) * p.values.dim + c] = sum;
             }
         }
+        // Whoever comes last puts the group together.
         __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            const int n_shares = shares.of(group_end - 1) - shares.of(group_begin) + 1;
+            s.is_last = atomicAdd(&p.arrived[group], 1) == n_shares - 1;
+            if (s.is_last) {
+                p.arrived[group] = 0;
+            }
+        }
+        __syncthreads();
+        if (s.is_last && warp < n_query) {
+            __threadfence();
+            combine_query(p, group, warp, group_begin, group_end, total);
+        }
     }
 }
 
 template <DType type, int width, int n_most> void launch(const Problem & p, cudaStream_t stream) {
     const size_t bytes = sizeof(Shared) + static_cast<size_t>(p.n_group * p.n_select + 1) * sizeof(int);
-    launch_kernel(attend<type, width, n_most>, {dim3(static_cast<unsigned>(p.n_attend)), kWarps * 32, bytes, p.overlaps}, stream,
+    const int n_blocks = p.n_attend + kEncoders;
+    launch_kernel(attend<type, width, n_most>, {dim3(static_cast<unsigned>(n_blocks)), kWarps * 32, bytes, p.overlaps}, stream,
                   p);
 }
 

@@ -192,6 +192,7 @@ struct Workspace::Storage {
     void lay_zeros(Parts & parts, Problem & p) const {
         p.histogram = parts.take<uint32_t>(static_cast<size_t>(n_query) * kBins);
         p.attend_all = parts.take<int32_t>(static_cast<size_t>(n_group));
+        p.arrived = parts.take<int32_t>(static_cast<size_t>(n_group));
         p.n_pending = parts.take<int32_t>(2);
         p.check_sums = parts.take<double>(2 * static_cast<size_t>(n_query));
     }
@@ -339,7 +340,6 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.n_survivors = parts.take<int32_t>(g * n_select);
-    p.group_begin = parts.take<int32_t>(g + 1);
     p.dropped = parts.take<float>(q * n_select);
     p.compensation = parts.take<float>(q * n_select);
     p.value_norm = parts.take<float>(g * n_select);
@@ -372,14 +372,12 @@ void Workspace::attend(const CacheIndex & index, const AttentionOp & op, void * 
     }
     mark("select");
     launch_select(p, as_stream(stream));
-    mark("attend");
-    launch_attend(p, as_stream(stream));
     if (p.check) {
         mark("check");
         launch_check(p, as_stream(stream));
     }
-    mark("combine");
-    launch_combine(p, as_stream(stream));
+    mark("attend");
+    launch_attend(p, as_stream(stream));
     mark(nullptr);
 }
 

@@ -197,6 +197,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         Parts parts(base);
         p.histogram = parts.take<uint32_t>(q * kBins);
         p.attend_all = parts.take<int32_t>(g);
+        p.arrived = parts.take<int32_t>(g);
         p.n_pending = parts.take<int32_t>(2);
         p.queued = parts.take<int32_t>(slots);
         zeros = parts.bytes();
@@ -225,7 +226,6 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         p.kept = parts.take<uint64_t>(g * blocks);
         p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
         p.n_survivors = parts.take<int32_t>(g * n_select);
-        p.group_begin = parts.take<int32_t>(g + 1);
         p.dropped = parts.take<float>(q * n_select);
         p.compensation = parts.take<float>(q * n_select);
         p.value_norm = parts.take<float>(g * n_select);
@@ -416,11 +416,8 @@ DeviceAttention DeviceIndex::attend(std::span<const float> queries, const Stride
         launch_scan(p, kStream);
         clear(p.n_pending, 2);  // the index does not change
         launch_select(p, kStream);
+        p.gave_up = op.dense;
         launch_attend(p, kStream);
-        check(cudaMemcpyAsync(op.dense, p.attend_all, static_cast<size_t>(p.n_group) * sizeof(int32_t), cudaMemcpyDeviceToDevice,
-                              kStream),
-              "cudaMemcpy");
-        launch_combine(p, kStream);
         const size_t width = static_cast<size_t>(n) * row;
         check(cudaMemcpy2DAsync(result.output.as<std::byte>(static_cast<size_t>(first) * row), static_cast<size_t>(n_gqa) * row,
                                 op.output, width, width, static_cast<size_t>(keys_.n_head_kv), cudaMemcpyDeviceToDevice, kStream),

@@ -18,13 +18,10 @@ void launch_scan(const Problem & p, cudaStream_t stream);
 // Each query's threshold; each group's survivors; what is dropped, and its compensation.
 void launch_select(const Problem & p, cudaStream_t stream);
 
-// Exact attention over the survivors, in even parts.
+// Exact attention over the survivors, in even parts, and these together; certificates; counts; the blocks that are to be encoded.
 void launch_attend(const Problem & p, cudaStream_t stream);
 
-// The parts together; certificates; counts; and the blocks that are to be encoded.
-void launch_combine(const Problem & p, cudaStream_t stream);
-
-// Everything against brute force in float64, after launch_combine (DecodeSettings::check).
+// Everything against brute force in float64, before launch_attend (DecodeSettings::check).
 void launch_check(const Problem & p, cudaStream_t stream);
 
 // Encodes every block of the problem's streams that is complete and has visible cells which are not indexed.

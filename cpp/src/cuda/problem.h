@@ -137,7 +137,8 @@ struct Problem {
     uint64_t * kept;        // [n_group][n_blocks]
     int32_t * survivors;    // [n_group][n_blocks * 64]: each of n_select parts has the place of its cells
     int32_t * n_survivors;  // [n_group][n_select]
-    int32_t * group_begin;  // [n_group + 1] survivors of all groups before
+    int32_t * arrived;      // [n_group] shares that are done. Zero before and after a step
+    int32_t * gave_up;      // [n_group] as attend_all was, for the caller. Or null
     float * dropped;        // [n_group][n_select][n_shared] upper bound on what was dropped, relative to the reference
     float * compensation;   // [n_group][n_select][n_shared] weight added back
     float * value_norm;     // [n_group][n_select] of any dropped value

@@ -69,6 +69,8 @@ inline double __longlong_as_double(long long x) { return as_bits_of<double>(x); 
 inline long long __double_as_longlong(double x) { return as_bits_of<long long>(x); }
 
 template <class T> T __ldg(const T * from) { return *from; }
+template <class T> T __ldcg(const T * from) { return *from; }
+inline void __threadfence() {}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(long long x) { return __builtin_popcountll(static_cast<unsigned long long>(x)); }

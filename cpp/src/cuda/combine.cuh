@@ -1,54 +1,24 @@
-// The parts of each query together, its certificate and its counts; and, in thread blocks of their own, the blocks that the scan
-// found complete and not indexed: the next step scans them.
+// The parts of a query together, its certificate and its counts; and the blocks that the scan found complete and not indexed,
+// which the next step scans.
+#pragma once
+
 #include "cuda/certify.cuh"
 #include "cuda/encode.cuh"
-#include "cuda/kernel.cuh"
-#include "cuda/launch.h"
 
 namespace louver::cuda {
-namespace {
 
-constexpr int kThreads = kEncodeThreads;
-constexpr int kEncoders = 16;  // thread blocks
+inline constexpr int kEncoders = 16;  // thread blocks
 // Of the visible keys: above it a head is cheaper without a scan, which reads about a quarter of what dense attention reads.
-constexpr double kUniformShare = 0.6;
-constexpr uint8_t kStepsWithoutScan = 31;
-static_assert(kThreads >= kBins && kThreads >= kMaxKernelDim);
+inline constexpr double kUniformShare = 0.6;
+inline constexpr uint8_t kStepsWithoutScan = 31;
 
-union Shared {
-    EncodeShared encode;
-    struct {
-        double sums[4][kThreads / 32];
-        float norms[2][kThreads / 32];
-        float peak[kThreads / 32];
-        float factor[kMaxShares + 2];  // of the shares that may reach into the group
-        alignas(16) float output[kThreads / 32][kMaxKernelDim];
-    } combine;
-    __device__ Shared() {}
-};
-
-__device__ double dropped_share(double dropped, double kept) {
+__device__ inline double dropped_share(double dropped, double kept) {
     const double most = dropped * (1.0 + kWeightError);
     const double least = fmax(kept, 0.0) * (1.0 - kWeightError);
     return most <= 0 ? 0.0 : fmin(1.0, most / (most + least));
 }
 
-__device__ void add_up(double value, double (&shared)[kThreads / 32]) {
-    value = sum_of_warp(value);
-    if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32] = value;
-    }
-}
-
-__device__ double sum_of(const double (&shared)[kThreads / 32]) {
-    double sum = 0;
-    for (const double part : shared) {
-        sum += part;
-    }
-    return sum;
-}
-
-__device__ void raise(double * most, double value) {  // of non-negative doubles, whose bits rise with them
+__device__ inline void raise(double * most, double value) {  // of non-negative doubles, whose bits rise with them
     atomicMax(reinterpret_cast<unsigned long long *>(most), static_cast<unsigned long long>(__double_as_longlong(value)));
 }
 
@@ -56,122 +26,96 @@ __device__ __forceinline__ double power_of_two(int exponent) {
     return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
 }
 
-__device__ void combine(const Problem & p, int group, int i, Shared & shared) {
-    auto & s = shared.combine;
-    const int thread = static_cast<int>(threadIdx.x);
+// By a warp, once the shares that reached into the group's survivors, [begin, end) of `total`, are all there.
+__device__ __noinline__ void combine_query(const Problem & p, int group, int i, int begin, int end, int total) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const int dim = p.values.dim;
     const int query = group * p.n_shared + i;
     const int row = p.row_of_group(group);
     const Sight & sight = p.sight[row];
     const int threshold = p.threshold[query];
     const bool all = threshold == kAttendAll;
-    // The shares that reached into this group.
-    const int begin = p.group_begin[group];
-    const int end = p.group_begin[group + 1];
     int first = 0;
     int n_shares = 0;
     if (begin < end) {
-        const Shares shares(p.group_begin[p.n_group], p.n_attend);
+        const Shares shares(total, p.n_attend);
         first = shares.of(begin);
         n_shares = shares.of(end - 1) - first + 1;
     }
+    // Written by other thread blocks of the same kernel: not from L1.
+    const auto partial = [&](int share) {
+        const float2 of =
+            __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(first + share + group) * p.n_shared + i));
+        return PartialHead{of.x, of.y};
+    };
     float peak = -infinity();
-    double kept = 0;
+    for (int share = lane; share < n_shares; share += 32) {
+        peak = fmaxf(peak, partial(share).peak);
+    }
     double dropped = 0;
     double compensation = 0;
     float key_norm = 0;
     float value_norm = 0;
     int scanned = 0;
     if (!all) {
-        for (int part = thread; part < p.n_select; part += kThreads) {
+        for (int part = lane; part < p.n_select; part += 32) {
             const int64_t at = static_cast<int64_t>(group) * p.n_select + part;
             dropped += static_cast<double>(p.dropped[at * p.n_shared + i]);
             compensation += static_cast<double>(p.compensation[at * p.n_shared + i]);
             value_norm = fmaxf(value_norm, p.value_norm[at]);
         }
-        for (int part = thread; part < p.n_scan; part += kThreads) {
+        for (int part = lane; part < p.n_scan; part += 32) {
             key_norm = fmaxf(key_norm, p.key_norm[group * p.n_scan + part]);
             scanned += p.scanned[group * p.n_scan + part];
         }
     }
-    constexpr int kOwn = (kMaxShares + 2 + kThreads - 1) / kThreads;
-    PartialHead own[kOwn];
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        const int at = k * kThreads + thread;
-        own[k] =
-            at < n_shares ? p.partial[static_cast<int64_t>(first + at + group) * p.n_shared + i] : PartialHead{-infinity(), 0};
-        peak = fmaxf(peak, own[k].peak);
-    }
     peak = largest_of_warp(peak);
-    if (thread % 32 == 0) {
-        s.peak[thread / 32] = peak;
-    }
-    __syncthreads();
-    for (const float part : s.peak) {
-        peak = fmaxf(peak, part);
-    }
     if (!all) {
         peak = fmaxf(peak, -100.0f);  // so that what is dropped, relative to the reference, can be put into its unit
     }
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        const int at = k * kThreads + thread;
-        // Without a peak it is either nothing or NaN.
-        const float factor = own[k].peak == -infinity() ? 0.0f : exp2_fast(own[k].peak - peak);
-        kept += static_cast<double>(own[k].kept) * (own[k].peak == -infinity() ? 1.0 : static_cast<double>(factor));
-        if (at < n_shares) {
-            s.factor[at] = factor;
-        }
-    }
-    add_up(kept, s.sums[0]);
-    add_up(dropped, s.sums[1]);
-    add_up(compensation, s.sums[2]);
-    add_up(scanned, s.sums[3]);
+    dropped = sum_of_warp(dropped);
+    compensation = sum_of_warp(compensation);
     key_norm = largest_of_warp(key_norm);
     value_norm = largest_of_warp(value_norm);
-    if (thread % 32 == 0) {
-        s.norms[0][thread / 32] = key_norm;
-        s.norms[1][thread / 32] = value_norm;
-    }
-    __syncthreads();
+    scanned = __reduce_add_sync(~0u, scanned);
 
-    // The outputs: each warp takes some of the shares, each lane 4 channels of them at a time.
-    const int warp = thread / 32;
-    for (int c = thread % 32 * 4; c < dim; c += 128) {
-        float4 sum = make_float4(0, 0, 0, 0);
-        const auto add = [&](const float * part, float factor) {
-            const float4 x = *reinterpret_cast<const float4 *>(part + c);
-            sum.x = fmaf(x.x, factor, sum.x);
-            sum.y = fmaf(x.y, factor, sum.y);
-            sum.z = fmaf(x.z, factor, sum.z);
-            sum.w = fmaf(x.w, factor, sum.w);
-        };
-#pragma unroll 4
-        for (int k = warp; k < n_shares; k += kThreads / 32) {
-            if (s.factor[k] != 0.0f) {
-                add(p.part + ((static_cast<int64_t>(first) + k + group) * p.n_shared + i) * dim, s.factor[k]);
+    // 4 channels to a lane, 128 apart.
+    constexpr int kQuads = kMaxKernelDim / 128;
+    float4 sums[kQuads] = {};
+    const auto add = [&](const float * part, float factor) {
+#pragma unroll
+        for (int j = 0; j < kQuads; ++j) {
+            if (const int c = j * 128 + lane * 4; c < dim) {
+                const float4 x = __ldcg(reinterpret_cast<const float4 *>(part + c));
+                sums[j].x = fmaf(x.x, factor, sums[j].x);
+                sums[j].y = fmaf(x.y, factor, sums[j].y);
+                sums[j].z = fmaf(x.z, factor, sums[j].z);
+                sums[j].w = fmaf(x.w, factor, sums[j].w);
             }
         }
-        if (!all && p.compensate) {
-            const float factor = exp2_fast(-peak);
+    };
+    double kept = 0;
+    for (int from = 0; from < n_shares; from += 32) {
+        const PartialHead own = from + lane < n_shares ? partial(from + lane) : PartialHead{-infinity(), 0};
+        // Without a peak it is either nothing or NaN.
+        const float factor = own.peak == -infinity() ? 0.0f : exp2_fast(own.peak - peak);
+        kept += static_cast<double>(own.kept) * (own.peak == -infinity() ? 1.0 : static_cast<double>(factor));
+        const int n = min(32, n_shares - from);
 #pragma unroll 4
-            for (int part = warp; part < p.n_select; part += kThreads / 32) {
-                add(p.added + ((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim, factor);
+        for (int k = 0; k < n; ++k) {
+            const float of_share = __shfl_sync(~0u, factor, k);
+            if (of_share != 0.0f) {
+                add(p.part + ((static_cast<int64_t>(first) + from + k + group) * p.n_shared + i) * dim, of_share);
             }
         }
-        *reinterpret_cast<float4 *>(&s.output[warp][c]) = sum;
     }
-    __syncthreads();
-    kept = sum_of(s.sums[0]);
-    dropped = sum_of(s.sums[1]);
-    compensation = sum_of(s.sums[2]);
-    scanned = static_cast<int>(sum_of(s.sums[3]));
-    for (const float part : s.norms[0]) {
-        key_norm = fmaxf(key_norm, part);
-    }
-    for (const float part : s.norms[1]) {
-        value_norm = fmaxf(value_norm, part);
+    kept = sum_of_warp(kept);
+    if (!all && p.compensate) {
+        const float factor = exp2_fast(-peak);
+#pragma unroll 4
+        for (int part = 0; part < p.n_select; ++part) {
+            add(p.added + ((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim, factor);
+        }
     }
     // 2^peak, a whole number; where it is out of range nothing is said of what was dropped, or it counts for less than it is.
     const double unit = peak == -infinity() ? 1.0 : power_of_two(static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f)));
@@ -179,23 +123,22 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     const float inverse = mass > 0 || isnan(mass) ? static_cast<float>(1.0 / mass) : 0.0f;  // no visible cell: 0, as stock
     double squared = 0;
     float * output = p.output_of(group, i);
-    for (int c = thread; c < dim; c += kThreads) {
-        float sum = 0;
-        for (const auto & of_warp : s.output) {
-            sum += of_warp[c];
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+        if (const int c = j * 128 + lane * 4; c < dim) {
+            const float out[4] = {sums[j].x * inverse, sums[j].y * inverse, sums[j].z * inverse, sums[j].w * inverse};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                output[c + e] = out[e];
+                squared += static_cast<double>(out[e]) * static_cast<double>(out[e]);
+            }
         }
-        const float out = sum * inverse;
-        output[c] = out;
-        squared += static_cast<double>(out) * static_cast<double>(out);
     }
-    __syncthreads();
-    add_up(squared, s.sums[0]);
-    __syncthreads();
-
-    if (thread < kBins) {  // a scan that was given up has counted too
-        p.histogram[static_cast<int64_t>(query) * kBins + thread] = 0;
+    squared = sum_of_warp(squared);
+    for (int b = lane; b < kBins; b += 32) {  // a scan that was given up has counted too
+        p.histogram[static_cast<int64_t>(query) * kBins + b] = 0;
     }
-    if (thread != 0) {
+    if (lane != 0) {
         return;
     }
     HeadCertificate certificate;
@@ -215,8 +158,7 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
         const double upper = dropped * (1.0 + kWeightError);
         const double added = compensation * (1.0 + kWeightError);
         const double bound = fmax((added + upper) / (least + upper), added / fmax(least, 1e-300));
-        certificate.error_bound =
-            static_cast<float>((static_cast<double>(value_norm) + sqrt(sum_of(s.sums[0]))) * bound * (1 + 0x1p-20));
+        certificate.error_bound = static_cast<float>((static_cast<double>(value_norm) + sqrt(squared)) * bound * (1 + 0x1p-20));
     }
     p.certificates[static_cast<int64_t>(row) * p.n_head + p.head_of(group, i)] = certificate;
 
@@ -248,6 +190,9 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
         return;
     }
     const unsigned long long n_query = static_cast<unsigned long long>(p.n_query_of(group));
+    if (p.gave_up != nullptr) {
+        p.gave_up[group] = p.attend_all[group];
+    }
     if (p.attend_all[group] != 0) {
         atomicAdd(sight.plain != 0 ? &totals.not_finite : &totals.not_plain, n_query);
         p.attend_all[group] = 0;
@@ -261,7 +206,7 @@ __device__ void combine(const Problem & p, int group, int i, Shared & shared) {
     }
 }
 
-template <DType type> __device__ void encode_pending(const Problem & p, int worker, Shared & shared) {
+template <DType type> __device__ __noinline__ void encode_pending(const Problem & p, int worker, EncodeShared & shared) {
     const int n = p.n_pending[0];
     for (int entry = worker; entry < n; entry += kEncoders) {
         const int slot = p.pending[entry];
@@ -271,7 +216,7 @@ template <DType type> __device__ void encode_pending(const Problem & p, int work
         const uint64_t * visible = p.visible + static_cast<int64_t>(stream - p.first_stream) * p.n_token * p.visible_stride;
         const uint64_t wanted = complete_cells(visible, p.visible_stride, p.n_token, block, p.n_blocks);
         encode_block<type>(p.planes, p.keys, p.values, static_cast<int64_t>(stream) * p.kv_size, head, slot, block, wanted,
-                           shared.encode, p.totals);
+                           shared, p.totals);
         if (threadIdx.x == 0) {
             p.queued[slot] = 0;
         }
@@ -281,27 +226,6 @@ template <DType type> __device__ void encode_pending(const Problem & p, int work
         p.n_pending[0] = 0;
         p.n_pending[1] = 0;
     }
-}
-
-template <DType type> __global__ void __launch_bounds__(kThreads) combine_all(const __grid_constant__ Problem p) {
-    wait_for_previous();
-    __shared__ Shared shared;
-    const int n_query = p.n_group * p.n_shared;
-    const int block = static_cast<int>(blockIdx.x);
-    if (block >= n_query) {
-        encode_pending<type>(p, block - n_query, shared);
-    } else if (block % p.n_shared < p.n_query_of(block / p.n_shared)) {
-        combine(p, block / p.n_shared, block % p.n_shared, shared);
-    }
-}
-
-}  // namespace
-
-void launch_combine(const Problem & p, cudaStream_t stream) {
-    with_type(p.keys.type, [&]<DType type>() {
-        launch_kernel(combine_all<type>,
-                      {dim3(static_cast<unsigned>(p.n_group * p.n_shared + kEncoders)), kThreads, 0, p.overlaps}, stream, p);
-    });
 }
 
 }  // namespace louver::cuda
