@@ -20,8 +20,6 @@ struct CapturedOp {
 };
 
 // Calls `step`, which decodes one token, and returns its attention ops. Whatever extension was registered is gone after it.
-template <class F> std::vector<CapturedOp> capture(F && step);
-
 std::vector<CapturedOp> begin_capture_and(void (*step)(void *), void * context);
 
 template <class F> std::vector<CapturedOp> capture(F && step) {

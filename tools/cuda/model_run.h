@@ -23,7 +23,7 @@ struct Options {
     int window = 7680;  // tokens to a text, at most
     int n_steps = 32;
     int n_rounds = 5;
-    int min_context = -1;  // of LouverConfig::min_context_gpu; -1: 0, so that the layers are measured at any depth
+    int min_context = 0;  // LouverConfig::min_context_gpu; the layers are to be measured at any depth
     double epsilon = 0.05;
     bool layers = true;
 };

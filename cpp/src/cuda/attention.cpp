@@ -231,7 +231,7 @@ struct Grids {
     int n_attend;
 };
 Grids grids_of(int n_processors, int n_group, int n_blocks) {
-    const int full = std::min(2 * n_processors, kMaxShares);
+    const int full = 2 * n_processors;
     const int most = std::max(1, (n_blocks + 7) / 8);  // a block to each of 8 warps
     const int share = std::clamp(full / n_group, 1, most);
     return {share, share, full};
@@ -254,9 +254,6 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     s.n_blocks = std::max<int64_t>(s.n_blocks, index.planes().n_blocks);
     s.n_slot = std::max(s.n_slot, n_slot);
     s.value_dim = std::max(s.value_dim, index.planes().value_dim);
-    if (s.memory.bytes() > 0) {
-        s.retired.push_back(std::move(s.memory));
-    }
     // As problem() lays it out, for the largest shape.
     const size_t q = static_cast<size_t>(s.n_query);
     const size_t g = static_cast<size_t>(s.n_group);
@@ -266,7 +263,17 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
                          parts * kMaxShared * (static_cast<size_t>(s.value_dim) * 8 + 64) + static_cast<size_t>(s.n_slot) * 4 +
                          static_cast<size_t>(s.n_row) * (sizeof(Sight) + static_cast<size_t>(s.n_blocks + 1) * 8) + 32 * 256;
     const OnDevice on(device_);
-    s.memory = Memory(bytes);
+    Memory memory;
+    try {
+        memory = Memory(bytes);
+    } catch (const Error &) {
+        s.n_query = 0;  // the next op asks again
+        throw;
+    }
+    if (s.memory.bytes() > 0) {
+        s.retired.push_back(std::move(s.memory));
+    }
+    s.memory = std::move(memory);
     ++generation_;
 }
 

@@ -113,7 +113,7 @@ class Workspace {
     // How often its memory moved.
     int64_t generation() const { return generation_; }
 
-    // Makes room. After it, ops on such a cache move nothing.
+    // Makes room. After it, ops on such a cache move nothing. Throws Error if the memory cannot be had.
     void reserve(const CacheIndex & index, int n_head, int n_row);
 
     // The mask of the next ops; to be called again when its content has changed.

@@ -175,7 +175,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     p.planes = cache_->planes();
     p.planes.value_dim = values.dim;
     p.certified = true;
-    const int full = std::min(2 * n_processors_, kMaxShares);
+    const int full = 2 * n_processors_;
     const int share = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8));
     p.n_scan = share;
     p.n_select = std::max(share, (p.n_blocks + kMostShare - 1) / kMostShare);

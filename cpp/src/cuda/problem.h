@@ -20,9 +20,6 @@ inline constexpr int kReferenceBin = 208;
 
 inline constexpr int kAttendAll = -1;
 
-// The most thread blocks that attend.
-inline constexpr int kMaxShares = 512;
-
 inline constexpr int kProbesFirst = 4;
 inline constexpr int kProbesLast = 12;
 inline constexpr int kProbes = kProbesFirst + kProbesLast;
@@ -111,8 +108,9 @@ struct Problem {
     bool overlaps;        // the device can launch dependent kernels early
     bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
 
-    // [n_group][n_shared] references in log2 units that the caller sets: then everything from kReferenceBin on is kept, which is
-    // every key whose score reaches the reference. Null: probes are the reference and the mass oracle chooses.
+    // [n_group][n_shared] references in log2 units that the caller of a scan alone sets: every key whose score lies above its
+    // reference is in bin kReferenceBin or above. One exactly at it may not be. Null: probes are the reference, for the mass
+    // oracle.
     const float * given;
 
     // [n_stream * n_token], and [n_stream * n_token][visible_stride] words.

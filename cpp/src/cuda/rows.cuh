@@ -28,12 +28,15 @@ template <> struct Eight<DType::f32> {
     }
 };
 
-template <> struct Eight<DType::f16> {
+struct EightOf16Bits {
     uint4 bits;
     __device__ __forceinline__ void load(const std::byte * row, int first) {
         bits = __ldg(reinterpret_cast<const uint4 *>(row + first * 2));
     }
     __device__ __forceinline__ void clear() { bits = make_uint4(0, 0, 0, 0); }
+};
+
+template <> struct Eight<DType::f16> : EightOf16Bits {
     __device__ __forceinline__ void widen(float (&out)[8]) const {
         const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
@@ -45,12 +48,7 @@ template <> struct Eight<DType::f16> {
     }
 };
 
-template <> struct Eight<DType::bf16> {
-    uint4 bits;
-    __device__ __forceinline__ void load(const std::byte * row, int first) {
-        bits = __ldg(reinterpret_cast<const uint4 *>(row + first * 2));
-    }
-    __device__ __forceinline__ void clear() { bits = make_uint4(0, 0, 0, 0); }
+template <> struct Eight<DType::bf16> : EightOf16Bits {
     __device__ __forceinline__ void widen(float (&out)[8]) const {
         const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll

@@ -82,13 +82,12 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const Sight & sight = p.sight[p.row_of_group(group)];
-    const bool all =
-        (!(p.epsilon > 0) && p.given == nullptr) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
+    const bool all = !(p.epsilon > 0) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
 
     if (warp < n_query) {
         // Worked out even where it is not wanted, so that nothing waits to know that.
         double least = 0;
-        const int found = p.given != nullptr ? kReferenceBin : threshold_of(p, group, warp, least);
+        const int found = threshold_of(p, group, warp, least);
         const int threshold = all ? kAttendAll : found;
         if (lane == 0) {
             s.threshold[warp] = threshold;

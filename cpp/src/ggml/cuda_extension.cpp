@@ -206,6 +206,12 @@ class Engine {
         }
         cuda::Workspace & space = workspace(device, stream, *action.cache);
         cuda::AttentionOp op = op_of(view, config.decode);
+        try {
+            space.reserve(action.cache->index, op.n_head, prefill ? std::min(op.n_stream, cuda::kMaxRows) : view.n_query());
+        } catch (const cuda::Error &) {
+            cudaGetLastError();
+            return stock(Reason::device_memory);
+        }
         if (prefill) {
             // Brings the index up to date with what the last token sees.
             if (op.mask.data != nullptr) {
@@ -246,7 +252,6 @@ class Engine {
 
     // The mask's bits, once for all layers that share it.
     void see(cuda::Workspace & space, const DeviceCache & cache, const cuda::AttentionOp & op, void * stream) {
-        space.reserve(cache.index, op.n_head, op.n_token * op.n_stream);
         const Evaluation wanted{evaluation.graph,  op.mask.data,       op.n_kv,           op.n_token * op.n_stream,
                                 op.settings.sinks, op.settings.recent, space.generation()};
         const bool same = evaluation.mask == wanted.mask && evaluation.n_kv == wanted.n_kv && evaluation.n_row == wanted.n_row &&
