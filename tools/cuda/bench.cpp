@@ -1,4 +1,6 @@
 // louver_cuda_bench: Louver beside stock llama.cpp on one GPU, in one process, in turn (docs/cuda.md).
+#include <cuda_profiler_api.h>
+
 #include <algorithm>
 #include <charconv>
 #include <chrono>
@@ -291,8 +293,12 @@ void run(const Options & options) {
         for (int64_t n_kv = 4096; n_kv <= options.depth; n_kv *= 2) {
             DecodeSettings settings;
             settings.epsilon = options.epsilon;
+            if (2 * n_kv > options.depth) {  // what `ncu --profile-from-start off` sees
+                cudaProfilerStart();
+            }
             print_phases(phases_of(ops, n_kv, settings, 4), n_kv, copy);
         }
+        cudaProfilerStop();
     }
 }
 

@@ -228,13 +228,12 @@ Groups groups_of(int n_gqa) {
 struct Grids {
     int n_scan;
     int n_select;
-    int n_attend;
 };
 Grids grids_of(int n_processors, int n_group, int n_blocks) {
     const int full = 2 * n_processors;
     const int most = std::max(1, (n_blocks + 7) / 8);  // a block to each of 8 warps
     const int share = std::clamp(full / n_group, 1, most);
-    return {share, share, full};
+    return {share, share};
 }
 
 }  // namespace
@@ -258,7 +257,7 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const size_t q = static_cast<size_t>(s.n_query);
     const size_t g = static_cast<size_t>(s.n_group);
     const size_t cells = static_cast<size_t>(s.n_blocks) * kBlockCells;
-    const size_t parts = static_cast<size_t>(2 * n_processors_) + g;  // of all groups together
+    const size_t parts = static_cast<size_t>(2 * n_processors_) + 2 * g;  // of all groups together
     const size_t bytes = q * (kBins * 4 + 64 + cells + static_cast<size_t>(s.n_blocks) * 4) + g * (64 + cells * 4 + cells / 8) +
                          parts * kMaxShared * (static_cast<size_t>(s.value_dim) * 8 + 64) + static_cast<size_t>(s.n_slot) * 4 +
                          static_cast<size_t>(s.n_row) * (sizeof(Sight) + static_cast<size_t>(s.n_blocks + 1) * 8) + 32 * 256;
@@ -316,7 +315,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const Grids grids = grids_of(n_processors_, p.n_group, p.n_blocks);
     p.n_scan = grids.n_scan;
     p.n_select = grids.n_select;
-    p.n_attend = grids.n_attend;
+    p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
 
     Parts parts(s.memory.as<std::byte>());
     s.lay_zeros(parts, p);
@@ -332,7 +331,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const size_t blocks = static_cast<size_t>(p.n_blocks);
     const size_t n_scan = static_cast<size_t>(p.n_scan);
     const size_t n_select = static_cast<size_t>(p.n_select);
-    const size_t shares = static_cast<size_t>(p.n_attend) + g;
+    const size_t shares = static_cast<size_t>(p.n_attend);
     const size_t value_dim = static_cast<size_t>(p.values.dim);
     p.pending = parts.take<int32_t>(static_cast<size_t>(s.n_slot));
     p.query_norm = parts.take<float>(q);

@@ -34,18 +34,4 @@ __device__ inline double score_error(float query_norm, float key_norm, int dim, 
     return (2.0 * dim + 16.0) * static_cast<double>(kUnit) * query_norm * key_norm * to_log2;
 }
 
-// A list of `all` entries in even shares: the first few are one longer.
-struct Shares {
-    int length;
-    int n_longer;
-
-    __device__ Shares(int all, int n) : length(all / n), n_longer(all % n) {}
-    __device__ int begin(int share) const { return share * length + min(share, n_longer); }
-    // The share that an entry is in.
-    __device__ int of(int entry) const {
-        const int longer = n_longer * (length + 1);
-        return entry < longer ? entry / (length + 1) : n_longer + (entry - longer) / length;
-    }
-};
-
 }  // namespace louver::cuda

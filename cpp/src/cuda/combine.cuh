@@ -7,6 +7,7 @@
 
 namespace louver::cuda {
 
+inline constexpr int kAttendWarps = 8;
 inline constexpr int kEncoders = 16;  // thread blocks
 // Of the visible keys: above it a head is cheaper without a scan, which reads about a quarter of what dense attention reads.
 inline constexpr double kUniformShare = 0.6;
@@ -26,38 +27,16 @@ __device__ __forceinline__ double power_of_two(int exponent) {
     return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
 }
 
-// By a warp, once the shares that reached into the group's survivors, [begin, end) of `total`, are all there.
-__device__ __noinline__ void combine_query(const Problem & p, int group, int i, int begin, int end, int total) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int dim = p.values.dim;
-    const int query = group * p.n_shared + i;
-    const int row = p.row_of_group(group);
-    const Sight & sight = p.sight[row];
-    const int threshold = p.threshold[query];
-    const bool all = threshold == kAttendAll;
-    int first = 0;
-    int n_shares = 0;
-    if (begin < end) {
-        const Shares shares(total, p.n_attend);
-        first = shares.of(begin);
-        n_shares = shares.of(end - 1) - first + 1;
-    }
-    // Written by other thread blocks of the same kernel: not from L1.
-    const auto partial = [&](int share) {
-        const float2 of =
-            __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(first + share + group) * p.n_shared + i));
-        return PartialHead{of.x, of.y};
-    };
-    float peak = -infinity();
-    for (int share = lane; share < n_shares; share += 32) {
-        peak = fmaxf(peak, partial(share).peak);
-    }
+// What the kernels before left of a query, by a warp.
+struct Left {
     double dropped = 0;
     double compensation = 0;
     float key_norm = 0;
     float value_norm = 0;
     int scanned = 0;
-    if (!all) {
+
+    __device__ __forceinline__ void load(const Problem & p, int group, int i) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
         for (int part = lane; part < p.n_select; part += 32) {
             const int64_t at = static_cast<int64_t>(group) * p.n_select + part;
             dropped += static_cast<double>(p.dropped[at * p.n_shared + i]);
@@ -68,67 +47,52 @@ __device__ __noinline__ void combine_query(const Problem & p, int group, int i, 
             key_norm = fmaxf(key_norm, p.key_norm[group * p.n_scan + part]);
             scanned += p.scanned[group * p.n_scan + part];
         }
+        dropped = sum_of_warp(dropped);
+        compensation = sum_of_warp(compensation);
+        key_norm = largest_of_warp(key_norm);
+        value_norm = largest_of_warp(value_norm);
+        scanned = __reduce_add_sync(~0u, scanned);
     }
-    peak = largest_of_warp(peak);
-    if (!all) {
-        peak = fmaxf(peak, -100.0f);  // so that what is dropped, relative to the reference, can be put into its unit
-    }
-    dropped = sum_of_warp(dropped);
-    compensation = sum_of_warp(compensation);
-    key_norm = largest_of_warp(key_norm);
-    value_norm = largest_of_warp(value_norm);
-    scanned = __reduce_add_sync(~0u, scanned);
+};
 
-    // 4 channels to a lane, 128 apart.
-    constexpr int kQuads = kMaxKernelDim / 128;
-    float4 sums[kQuads] = {};
-    const auto add = [&](const float * part, float factor) {
-#pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-            if (const int c = j * 128 + lane * 4; c < dim) {
-                const float4 x = __ldcg(reinterpret_cast<const float4 *>(part + c));
-                sums[j].x = fmaf(x.x, factor, sums[j].x);
-                sums[j].y = fmaf(x.y, factor, sums[j].y);
-                sums[j].z = fmaf(x.z, factor, sums[j].z);
-                sums[j].w = fmaf(x.w, factor, sums[j].w);
-            }
-        }
-    };
+// Output, certificate and counts of a query, by a warp: sums [kAttendWarps] `stride` floats apart.
+template <int n_channels> __device__ __forceinline__ void combine_query(const Problem & p, int group, int i, int n_attended,
+                                                                        float peak, const Left & left, const float * sums,
+                                                                        int stride, const double (*kept_of_warps)[kMaxShared]) {
+    constexpr int kQuads = (n_channels + 127) / 128;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int dim = p.values.dim;
+    const int query = group * p.n_shared + i;
+    const int row = p.row_of_group(group);
+    const Sight & sight = p.sight[row];
+    const int threshold = p.threshold[query];
+    const bool all = threshold == kAttendAll;
     double kept = 0;
-    for (int from = 0; from < n_shares; from += 32) {
-        const PartialHead own = from + lane < n_shares ? partial(from + lane) : PartialHead{-infinity(), 0};
-        // Without a peak it is either nothing or NaN.
-        const float factor = own.peak == -infinity() ? 0.0f : exp2_fast(own.peak - peak);
-        kept += static_cast<double>(own.kept) * (own.peak == -infinity() ? 1.0 : static_cast<double>(factor));
-        const int n = min(32, n_shares - from);
-#pragma unroll 4
-        for (int k = 0; k < n; ++k) {
-            const float of_share = __shfl_sync(~0u, factor, k);
-            if (of_share != 0.0f) {
-                add(p.part + ((static_cast<int64_t>(first) + from + k + group) * p.n_shared + i) * dim, of_share);
-            }
-        }
-    }
-    kept = sum_of_warp(kept);
-    if (!all && p.compensate) {
-        const float factor = exp2_fast(-peak);
-#pragma unroll 4
-        for (int part = 0; part < p.n_select; ++part) {
-            add(p.added + ((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim, factor);
-        }
+#pragma unroll
+    for (int w = 0; w < kAttendWarps; ++w) {
+        kept += kept_of_warps[w][i];
     }
     // 2^peak, a whole number; where it is out of range nothing is said of what was dropped, or it counts for less than it is.
     const double unit = peak == -infinity() ? 1.0 : power_of_two(static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f)));
-    const double mass = kept + (compensation > 0 ? compensation / unit : 0.0);
+    const double mass = kept + (left.compensation > 0 ? left.compensation / unit : 0.0);
     const float inverse = mass > 0 || isnan(mass) ? static_cast<float>(1.0 / mass) : 0.0f;  // no visible cell: 0, as stock
     double squared = 0;
     float * output = p.output_of(group, i);
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
         if (const int c = j * 128 + lane * 4; c < dim) {
-            const float out[4] = {sums[j].x * inverse, sums[j].y * inverse, sums[j].z * inverse, sums[j].w * inverse};
+            float out[4] = {};
+#pragma unroll
+            for (int w = 0; w < kAttendWarps; ++w) {
+                const float4 x = *reinterpret_cast<const float4 *>(sums + w * stride + c);
+                out[0] += x.x;
+                out[1] += x.y;
+                out[2] += x.z;
+                out[3] += x.w;
+            }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
+                out[e] *= inverse;
                 output[c + e] = out[e];
                 squared += static_cast<double>(out[e]) * static_cast<double>(out[e]);
             }
@@ -144,28 +108,29 @@ __device__ __noinline__ void combine_query(const Problem & p, int group, int i, 
     HeadCertificate certificate;
     certificate.tau = all ? -infinity() : tau_of(threshold, p.reference[query], p.to_log2);
     certificate.n_visible = sight.n_visible;
-    certificate.n_scanned = scanned;
-    certificate.n_attended = end - begin;
-    if (!all && dropped > 0) {
+    certificate.n_scanned = left.scanned;
+    certificate.n_attended = n_attended;
+    if (!all && left.dropped > 0) {
         // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
         // dropped cells leave of the oracle's bound.
-        const double error = score_error(p.query_norm[query], key_norm, p.keys.dim, p.to_log2);
+        const double error = score_error(p.query_norm[query], left.key_norm, p.keys.dim, p.to_log2);
         const double scored = kept * unit * fmax(1.0 - 0.6931472 * error, 0.0);  // 2^-error is no less
-        const double left = p.least[query] * (1.0 - kWeightError) - dropped * (1.0 + kWeightError);
-        const double least = fmax(scored, left);
-        const double share = dropped_share(dropped, least) * (1 + 0x1p-20);
+        const double rest = p.least[query] * (1.0 - kWeightError) - left.dropped * (1.0 + kWeightError);
+        const double least = fmax(scored, rest);
+        const double share = dropped_share(left.dropped, least) * (1 + 0x1p-20);
         certificate.delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
-        const double upper = dropped * (1.0 + kWeightError);
-        const double added = compensation * (1.0 + kWeightError);
+        const double upper = left.dropped * (1.0 + kWeightError);
+        const double added = left.compensation * (1.0 + kWeightError);
         const double bound = fmax((added + upper) / (least + upper), added / fmax(least, 1e-300));
-        certificate.error_bound = static_cast<float>((static_cast<double>(value_norm) + sqrt(squared)) * bound * (1 + 0x1p-20));
+        certificate.error_bound =
+            static_cast<float>((static_cast<double>(left.value_norm) + sqrt(squared)) * bound * (1 + 0x1p-20));
     }
     p.certificates[static_cast<int64_t>(row) * p.n_head + p.head_of(group, i)] = certificate;
 
     Totals & totals = *p.totals;
     atomicAdd(&totals.queries, 1ull);
     atomicAdd(&totals.visible, static_cast<unsigned long long>(certificate.n_visible));
-    atomicAdd(&totals.scanned, static_cast<unsigned long long>(scanned));
+    atomicAdd(&totals.scanned, static_cast<unsigned long long>(left.scanned));
     atomicAdd(&totals.attended, static_cast<unsigned long long>(certificate.n_attended));
     atomicAdd(&totals.delta_sum, static_cast<double>(certificate.delta));
     raise(&totals.delta_max, static_cast<double>(certificate.delta));
@@ -184,7 +149,7 @@ __device__ __noinline__ void combine_query(const Problem & p, int group, int i, 
         atomicAdd(&totals.tokens[p.epsilon > 0 ? 1 : 0], 1ull);
     }
     atomicAdd(&totals.group_visible, static_cast<unsigned long long>(certificate.n_visible));
-    atomicAdd(&totals.group_scanned, static_cast<unsigned long long>(scanned));
+    atomicAdd(&totals.group_scanned, static_cast<unsigned long long>(left.scanned));
     atomicAdd(&totals.group_attended, static_cast<unsigned long long>(certificate.n_attended));
     if (!(p.epsilon > 0)) {
         return;
@@ -203,6 +168,107 @@ __device__ __noinline__ void combine_query(const Problem & p, int group, int i, 
     if (p.spares_uniform && row % p.n_token == 0) {
         const bool uniform = certificate.n_attended > kUniformShare * certificate.n_visible;
         *without_scan = *without_scan > 0 ? static_cast<uint8_t>(*without_scan - 1) : uniform ? kStepsWithoutScan : uint8_t{0};
+    }
+}
+
+// By a whole thread block, once all shares [first, first + n_shares) of the group are there. Scratch: sums [kAttendWarps][n_most]
+// [n_channels], kept [kAttendWarps].
+template <int n_channels, int n_most> __device__ __forceinline__ void combine_group(const Problem & p, int group, int first,
+                                                                                    int n_shares, int n_attended, float * sums,
+                                                                                    double (*kept_of_warps)[kMaxShared]) {
+    constexpr int kQuads = (n_channels + 127) / 128;  // 4 channels to a lane, 128 apart
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int dim = p.values.dim;
+    const int n_query = p.n_query_of(group);
+    const bool all = p.threshold[group * p.n_shared] == kAttendAll;
+    // Written by other thread blocks of the same kernel: not from L1.
+    const auto partial = [&](int share, int i) {
+        const float2 of =
+            __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(first + share) * p.n_shared + i));
+        return PartialHead{of.x, of.y};
+    };
+    float peak[n_most];
+#pragma unroll
+    for (int i = 0; i < n_most; ++i) {
+        peak[i] = -infinity();
+        if (i < n_query) {
+            for (int share = lane; share < n_shares; share += 32) {
+                peak[i] = fmaxf(peak[i], partial(share, i).peak);
+            }
+        }
+    }
+    Left left;
+    if (warp < n_query && !all) {
+        left.load(p, group, warp);
+    }
+#pragma unroll
+    for (int i = 0; i < n_most; ++i) {
+        peak[i] = largest_of_warp(peak[i]);
+        if (!all) {
+            peak[i] = fmaxf(peak[i], -100.0f);  // so that what is dropped, relative to the reference, can be put into its unit
+        }
+    }
+
+    float4 sum[n_most][kQuads] = {};
+    double kept[n_most] = {};
+    const auto add = [&](const float * part, int i, float factor) {
+#pragma unroll
+        for (int j = 0; j < kQuads; ++j) {
+            if (const int c = j * 128 + lane * 4; c < dim) {
+                const float4 x = __ldcg(reinterpret_cast<const float4 *>(part + c));
+                sum[i][j].x = fmaf(x.x, factor, sum[i][j].x);
+                sum[i][j].y = fmaf(x.y, factor, sum[i][j].y);
+                sum[i][j].z = fmaf(x.z, factor, sum[i][j].z);
+                sum[i][j].w = fmaf(x.w, factor, sum[i][j].w);
+            }
+        }
+    };
+#pragma unroll 2
+    for (int share = warp; share < n_shares; share += kAttendWarps) {
+#pragma unroll
+        for (int i = 0; i < n_most; ++i) {
+            if (i < n_query) {
+                const PartialHead own = partial(share, i);
+                // Without a peak it is either nothing or NaN.
+                const float factor = own.peak == -infinity() ? 0.0f : exp2_fast(own.peak - peak[i]);
+                kept[i] += static_cast<double>(own.peak == -infinity() ? own.kept : own.kept * factor);
+                add(p.part + (static_cast<int64_t>(first + share) * p.n_shared + i) * dim, i, factor);
+            }
+        }
+    }
+    if (!all && p.compensate) {
+#pragma unroll 2
+        for (int part = warp; part < p.n_select; part += kAttendWarps) {
+#pragma unroll
+            for (int i = 0; i < n_most; ++i) {
+                if (i < n_query) {
+                    add(p.added + ((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim, i,
+                        exp2_fast(-peak[i]));
+                }
+            }
+        }
+    }
+    float own_peak = 0;
+#pragma unroll
+    for (int i = 0; i < n_most; ++i) {
+        own_peak = i == warp ? peak[i] : own_peak;
+        if (i < n_query) {
+#pragma unroll
+            for (int j = 0; j < kQuads; ++j) {
+                if (const int c = j * 128 + lane * 4; c < n_channels) {
+                    *reinterpret_cast<float4 *>(sums + (warp * n_most + i) * n_channels + c) = sum[i][j];
+                }
+            }
+            if (lane == 0) {
+                kept_of_warps[warp][i] = kept[i];
+            }
+        }
+    }
+    __syncthreads();
+    if (warp < n_query) {
+        combine_query<n_channels>(p, group, warp, n_attended, own_peak, left, sums + warp * n_channels, n_most * n_channels,
+                                  kept_of_warps);
     }
 }
 

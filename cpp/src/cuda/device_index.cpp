@@ -179,7 +179,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const int share = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8));
     p.n_scan = share;
     p.n_select = std::max(share, (p.n_blocks + kMostShare - 1) / kMostShare);
-    p.n_attend = full;
+    p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
     p.visible_stride = p.n_blocks + 1;
 
     const size_t g = static_cast<size_t>(p.n_group);
@@ -189,7 +189,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const size_t slots = static_cast<size_t>(p.n_head_kv) * blocks;
     const size_t n_scan = static_cast<size_t>(p.n_scan);
     const size_t n_select = static_cast<size_t>(p.n_select);
-    const size_t shares = static_cast<size_t>(p.n_attend) + g;
+    const size_t shares = static_cast<size_t>(p.n_attend);
     const size_t value_dim = static_cast<size_t>(values.dim);
     const bool attends = values.dim > 0;
     size_t zeros = 0;

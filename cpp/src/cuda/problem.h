@@ -24,6 +24,15 @@ inline constexpr int kProbesFirst = 4;
 inline constexpr int kProbesLast = 12;
 inline constexpr int kProbes = kProbesFirst + kProbesLast;
 
+// Caches whose rows are attended to on the tensor cores.
+constexpr bool on_tensor_cores(DType type) { return type == DType::f16 || type == DType::bf16; }
+
+// Thread blocks that attend all groups together: they fill the device once, and every group has one.
+constexpr int attending_blocks(DType type, int n_processors, int n_group) {
+    const int full = (on_tensor_cores(type) ? 1 : 2) * n_processors;
+    return full > 2 * n_group ? full : 2 * n_group;
+}
+
 // What a query token sees, worked out once for all layers that share the mask.
 struct Sight {
     int32_t n_visible = 0;
@@ -118,7 +127,8 @@ struct Problem {
     const uint64_t * visible;
     int64_t visible_stride;
 
-    // Scratch. Grids: n_scan thread blocks to a group scan, n_select select; n_attend attend all groups together.
+    // Scratch. Grids: n_scan thread blocks to a group scan, n_select select; n_attend attend all groups together, n_group of them
+    // with a share that may be short.
     int n_scan;
     int n_select;
     int n_attend;
@@ -141,8 +151,8 @@ struct Problem {
     float * compensation;   // [n_group][n_select][n_shared] weight added back
     float * value_norm;     // [n_group][n_select] of any dropped value
     float * added;          // [n_group][n_select][n_shared][value_dim] sum of added weight * mean value
-    PartialHead * partial;  // [n_attend + n_group][n_shared]
-    float * part;           // [n_attend + n_group][n_shared][value_dim]
+    PartialHead * partial;  // [n_attend][n_shared]
+    float * part;           // [n_attend][n_shared][value_dim]
     double * least;         // [n_group][n_shared] the oracle's lower bound on the mass
     double * check_sums;    // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
 

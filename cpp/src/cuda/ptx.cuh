@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "louver/types.h"
+
 namespace louver::cuda {
 
 // 2^x, off by less than 2^-21 relatively (PTX ISA, ex2.approx); results below 2^-126 become 0.
@@ -21,6 +23,36 @@ __device__ __forceinline__ void multiply_add(int (&sum)[4], const uint4 & rows, 
         : "r"(rows.x), "r"(rows.y), "r"(rows.z), "r"(rows.w), "r"(columns[0]), "r"(columns[1]));
 }
 
+// mma.m16n8k16: sum += rows * columns, by a warp; 16-bit floats, sums in float32.
+template <DType type>
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&rows)[4], uint32_t column0, uint32_t column1) {
+    if constexpr (type == DType::f16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(column0), "r"(column1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(column0), "r"(column1));
+    }
+}
+
+// 4 tiles of 8 rows of 16 bytes from shared memory; lane l names row l % 8 of tile l / 8.
+__device__ __forceinline__ void load_tiles(uint32_t (&tiles)[4], const void * row) {
+    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(shared)
+                 : "memory");
+}
+__device__ __forceinline__ void load_tiles_transposed(uint32_t (&tiles)[4], const void * row) {
+    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
 // From global into shared memory; there for the thread that asked after wait_for_copies().
 template <int bytes> __device__ __forceinline__ void copy_async(void * to, const void * from) {
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -29,6 +61,17 @@ template <int bytes> __device__ __forceinline__ void copy_async(void * to, const
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(bytes) : "memory");
     }
+}
+// 16 bytes, or as many zeros.
+__device__ __forceinline__ void copy_async_or_zero(void * to, const void * from, bool copies) {
+    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const int bytes = copies ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+}
+// What was asked for since the last commit_copies() is a batch; all but the last n batches are there after it.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -21,7 +21,7 @@ constexpr int kQuad = 4;  // queries to a pass of the tensor cores
 constexpr float kMagic = 0x1.8p23f;
 
 struct Shared {
-    float query[kMaxShared][kMaxKernelDim];
+    alignas(16) float query[kMaxShared][kMaxKernelDim];
     uint32_t histogram[kMaxShared][kBins];
     float probe[kMaxShared][kProbes];
     float norm[kMaxShared];
@@ -29,52 +29,56 @@ struct Shared {
     double lower[kWarps][kMaxShared];  // of each warp
     float key_norm[kWarps];
     int scanned[kWarps];
-    int failed;  // before the scan
+    uint64_t others[kWarps];  // which of a warp's blocks have cells that are not indexed; the last bit: some from there on
+    int failed;               // before the scan
 };
 constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
-__device__ __forceinline__ void load_eight(DType type, const std::byte * row, int first, float (&out)[8]) {
-    const auto as = [&]<DType t>() {
-        Eight<t> eight;
-        eight.load(row, first);
-        eight.widen(out);
-    };
-    switch (type) {
-        case DType::f32: as.template operator()<DType::f32>(); break;
-        case DType::f16: as.template operator()<DType::f16>(); break;
-        case DType::bf16: as.template operator()<DType::bf16>(); break;
-        default: as.template operator()<DType::q8_0>(); break;
-    }
-}
-
 // Queries, norms and references, the same in every thread block of a group. False: something is not finite or too large, so that
-// nothing is decided here.
-__device__ __forceinline__ bool begin(const Problem & p, int group, Shared & s) {
+// nothing is decided here. What begins the stream of codes is called once the few rows that are needed first are here.
+template <class Stream> __device__ __forceinline__ bool begin(const Problem & p, int group, Shared & s, const Stream & stream) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
     const int dim = p.planes.key_dim;
     static_assert(kWarps == kMaxShared);  // a query to a warp
     const int i = warp;
-    // The probes' keys are on their way while the queries are worked on.
+    const float * query = p.query_of(group, min(i, n_query - 1));
+    float own[kMaxKernelDim / 32];
+#pragma unroll
+    for (int k = 0; k < kMaxKernelDim / 32; ++k) {
+        const int c = lane + 32 * k;
+        own[k] = i < n_query && c < dim ? query[c] : 0.0f;
+    }
     const Sight & sight = p.sight[p.row_of_group(group)];
     const int n_probes = p.given != nullptr ? 0 : sight.n_probes;
     constexpr int kOwn = kProbes / kWarps;
-    float keys[kOwn][8] = {};
+    int cell[kOwn];
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-        const int n = k * kWarps + warp;
-        if (n < n_probes && lane * 8 < dim) {
-            load_eight(p.keys.type, p.keys.row(p.first_row(group) + sight.probes[n], p.kv_head_of(group)), lane * 8, keys[k]);
-        }
+        cell[k] = sight.probes[k * kWarps + warp];
     }
-    const float * query = p.query_of(group, min(i, n_query - 1));
+    float keys[kOwn][8] = {};
+    with_type(p.keys.type, [&]<DType type>() {
+        Eight<type> rows[kOwn];
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) {
+            rows[k].clear();
+            if (k * kWarps + warp < n_probes && lane * 8 < dim) {
+                rows[k].load(p.keys.row(p.first_row(group) + cell[k], p.kv_head_of(group)), lane * 8);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) {
+            rows[k].widen(keys[k]);
+        }
+    });
+    stream();
     double squared = 0;
 #pragma unroll
-    for (int c = lane; c < kMaxKernelDim; c += 32) {
-        const float x = i < n_query && c < dim ? query[c] : 0.0f;
-        s.query[i][c] = x;
-        squared += static_cast<double>(x) * static_cast<double>(x);
+    for (int k = 0; k < kMaxKernelDim / 32; ++k) {
+        s.query[i][lane + 32 * k] = own[k];
+        squared += static_cast<double>(own[k]) * static_cast<double>(own[k]);
     }
     squared = sum_of_warp(squared);
     if (lane == 0) {
@@ -245,6 +249,8 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
 template <DType type>
 __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, uint64_t cells, Shared & s, float & key_norm) {
     constexpr int kLanes = 8;
+    constexpr int kAtOnce = 32 / kLanes;
+    constexpr int kOwn = kBlockCells / kWarps;
     constexpr int kChunks = kMaxKernelDim / (kLanes * 8);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -252,12 +258,12 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
     const int dim = p.planes.key_dim;
     const int64_t first_row = p.first_row(group) + static_cast<int64_t>(block) * kBlockCells;
     const int kv_head = p.kv_head_of(group);
-    float longest = 0;
     bool failed = false;
-    float sum[kMaxShared] = {};
-#pragma unroll
-    for (int round = 0; round < kBlockCells / kWarps / (32 / kLanes); ++round) {
-        const int bit = (warp * kBlockCells / kWarps) + round * (32 / kLanes) + lane / kLanes;
+    if ((cells >> (warp * kOwn) & ((1u << kOwn) - 1)) == 0) {
+        return false;
+    }
+#pragma unroll 1  // short code: it is run through once
+    for (int bit = warp * kOwn + lane / kLanes; bit < (warp + 1) * kOwn; bit += kAtOnce) {
         const bool is_there = (cells >> bit & 1) != 0;
         Eight<type> chunks[kChunks];
 #pragma unroll
@@ -268,24 +274,14 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
                 chunks[k].load(p.keys.row(first_row + bit, kv_head), c);
             }
         }
-        float dot[kMaxShared] = {};
+        float key[kChunks][8];
         float squared = 0;
 #pragma unroll
         for (int k = 0; k < kChunks; ++k) {
-            if (k * kLanes * 8 < dim) {
-                const int c = (k * kLanes + lane % kLanes) * 8;
-                float key[8];
-                chunks[k].widen(key);
+            chunks[k].widen(key[k]);
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    squared = fmaf(key[e], key[e], squared);
-#pragma unroll
-                    for (int i = 0; i < kMaxShared; ++i) {
-                        if (i < n_query) {
-                            dot[i] = fmaf(s.query[i][c + e], key[e], dot[i]);
-                        }
-                    }
-                }
+            for (int e = 0; e < 8; ++e) {
+                squared = fmaf(key[k][e], key[k][e], squared);
             }
         }
 #pragma unroll
@@ -293,31 +289,49 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
             squared += __shfl_xor_sync(~0u, squared, step);
         }
         const float norm = sqrtf(squared) * kNormInflation;
-        longest = fmaxf(longest, norm);
+        key_norm = fmaxf(key_norm, norm);
         failed = failed || !isfinite(norm);
+#pragma unroll 1
+        for (int i = 0; i < n_query; ++i) {
+            float dot = 0;
 #pragma unroll
-        for (int i = 0; i < kMaxShared; ++i) {
-            if (i < n_query) {
+            for (int k = 0; k < kChunks; ++k) {
 #pragma unroll
-                for (int step = 1; step < kLanes; step *= 2) {
-                    dot[i] += __shfl_xor_sync(~0u, dot[i], step);
+                for (int e = 0; e < 8; ++e) {
+                    dot = fmaf(s.query[i][(k * kLanes + lane % kLanes) * 8 + e], key[k][e], dot);
                 }
-                const float error = (2.0f * static_cast<float>(dim) + 16.0f) * kUnit * s.norm[i] * norm * p.to_log2;
-                const float weight = is_there ? exp2_fast(dot[i] * p.to_log2 - s.reference[i] - error * 1.001f) : 0.0f;
-                sum[i] += weight;
-                failed = failed || !isfinite(weight);
+            }
+#pragma unroll
+            for (int step = 1; step < kLanes; step *= 2) {
+                dot += __shfl_xor_sync(~0u, dot, step);
+            }
+            const float error = (2.0f * static_cast<float>(dim) + 16.0f) * kUnit * s.norm[i] * norm * p.to_log2;
+            float weight = is_there ? exp2_fast(dot * p.to_log2 - s.reference[i] - error * 1.001f) : 0.0f;
+            failed = failed || !isfinite(weight);
+#pragma unroll
+            for (int step = kLanes; step < 32; step *= 2) {
+                weight += __shfl_xor_sync(~0u, weight, step);
+            }
+            if (lane == 0) {
+                s.lower[warp][i] += static_cast<double>(weight);
             }
         }
     }
-#pragma unroll
-    for (int i = 0; i < kMaxShared; ++i) {
-        const float all = sum_of_warp(lane % kLanes == 0 ? sum[i] : 0.0f);
-        if (lane == 0) {
-            s.lower[warp][i] += static_cast<double>(all);
-        }
-    }
-    key_norm = fmaxf(key_norm, longest);
     return failed;
+}
+
+// Brings a block of the index to L2.
+template <int n_tiles> __device__ __forceinline__ void prefetch_block(const Planes & planes, int64_t slot) {
+    constexpr int kLine = 128;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto * codes = reinterpret_cast<const std::byte *>(planes.codes_of(slot));
+    for (int k = lane; k < 64 * 32 * n_tiles / kLine; k += 32) {
+        prefetch(codes + k * kLine);
+    }
+    const auto * grid = reinterpret_cast<const std::byte *>(planes.center_of(slot));
+    if (lane < (128 * n_tiles + kLine - 1) / kLine) {
+        prefetch(grid + lane * kLine);
+    }
 }
 
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
@@ -334,14 +348,20 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const uint64_t * indexed = p.planes.indexed + first_slot;
-    // The first block is under way while the queries are prepared.
-    int block = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);
+    const int last = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);  // where the warp begins
+    const int stride = p.n_scan * kWarps;
+    int block = last;
     uint64_t seen = block >= 0 ? visible[block] : 0;
     uint64_t cells = block >= 0 ? seen & indexed[block] : 0;
-    if (cells != 0 && !is_uniform) {
-        fetch(stage, p.planes, first_slot + block);
-    }
-    if (is_uniform || p.sight[row].plain == 0 || !begin(p, group, s)) {
+    const auto stream = [&] {
+        if (cells != 0) {
+            fetch(stage, p.planes, first_slot + block);
+        }
+        if (block >= stride) {
+            prefetch_block<n_tiles>(p.planes, first_slot + block - stride);
+        }
+    };
+    if (is_uniform || p.sight[row].plain == 0 || !begin(p, group, s, stream)) {
         if (threadIdx.x == 0 && !is_uniform) {
             p.attend_all[group] = 1;
         }
@@ -372,13 +392,13 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     float key_norm = 0;
     int scanned = 0;
     bool failed = false;
-    bool has_others = false;
+    uint64_t others = 0;
 
-    while (block >= 0) {
-        const int next = block - p.n_scan * kWarps;
+    for (uint64_t bit = 1; block >= 0; bit = bit << 1 != 0 ? bit << 1 : bit) {
+        const int next = block - stride;
         const uint64_t next_seen = next >= 0 ? visible[next] : 0;
         const uint64_t next_cells = next >= 0 ? next_seen & indexed[next] : 0;
-        has_others = has_others || (seen & ~cells) != 0;
+        others |= (seen & ~cells) != 0 ? bit : 0;
         float places[n_quad][8];
         ToBin to[n_quad];
         if (cells != 0) {
@@ -412,6 +432,9 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         }
         if (next_cells != 0) {
             fetch(stage, p.planes, first_slot + next);
+        }
+        if (next >= stride) {
+            prefetch_block<n_tiles>(p.planes, first_slot + next - stride);
         }
         if (cells != 0) {
             scanned += __popcll(static_cast<long long>(cells));
@@ -454,19 +477,32 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     }
     // What the index does not cover yet: the newest cells, or much more after a prompt or a restored state. The warps share the
     // cells of each such block, or the owner of the newest would be the last to end.
-    if (__syncthreads_or(has_others ? 1 : 0) != 0) {
-        for (int first = p.n_blocks - 1 - static_cast<int>(blockIdx.x) * kWarps; first >= 0; first -= p.n_scan * kWarps) {
-            for (int at = first; at > first - kWarps && at >= 0; --at) {
+    if (lane == 0) {
+        s.others[warp] = others;
+    }
+    if (__syncthreads_or(others != 0 ? 1 : 0) != 0) {
+#pragma unroll 1
+        for (int w = 0; w < kWarps; ++w) {
+            uint64_t left = s.others[w];
+            const int newest = last + warp - w;
+#pragma unroll 1
+            for (int n = 0; left != 0 && newest - n * stride >= 0; ++n) {
+                const int at = newest - n * stride;
+                const bool is_one = (left & 1) != 0;
+                left = left == 1 && n >= 63 ? left : left >> 1;
+                if (!is_one) {
+                    continue;
+                }
                 const uint64_t all = visible[at];
-                const uint64_t others = all & ~indexed[at];
-                if (others == 0) {
+                const uint64_t exact = all & ~indexed[at];
+                if (exact == 0) {
                     continue;
                 }
                 with_type(p.keys.type,
-                          [&]<DType type>() { failed = add_exact<type>(p, group, at, others, s, key_norm) || failed; });
+                          [&]<DType type>() { failed = add_exact<type>(p, group, at, exact, s, key_norm) || failed; });
                 const int64_t slot = first_slot + at;
                 const bool complete = all == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
-                if (threadIdx.x == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 &&
+                if (threadIdx.x == 0 && complete && (exact & ~p.planes.not_finite[slot]) != 0 &&
                     atomicExch(&p.queued[slot], 1) == 0) {
                     p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
                 }

@@ -10,6 +10,7 @@ struct __half2 {
     __half x, y;
 };
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half half) { return half.bits; }
 
 inline float __half2float(__half half) {
     const int exponent = half.bits >> 10 & 31;

@@ -1,7 +1,11 @@
 // The instructions of cpp/src/cuda/ptx.cuh in plain C++.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "louver/types.h"
 
 namespace louver::cuda {
 
@@ -28,6 +32,45 @@ inline void multiply_add(int (&sum)[4], const uint4 & rows, const uint32_t (&col
     }
 }
 
+template <DType type> float sixteen_bits(uint32_t word, int which) {
+    const auto bits = static_cast<uint16_t>(word >> (16 * which) & 0xffff);
+    return type == DType::f16 ? __half2float(__ushort_as_half(bits)) : __bfloat162float(__nv_bfloat16{bits});
+}
+
+template <DType type> void multiply_add(float (&sum)[4], const uint32_t (&rows)[4], uint32_t column0, uint32_t column1) {
+    struct Operands {
+        uint32_t rows[4];
+        uint32_t columns[2];
+    };
+    const simt::Exchange<Operands> all(Operands{{rows[0], rows[1], rows[2], rows[3]}, {column0, column1}});
+    for (int e = 0; e < 4; ++e) {
+        const int row = simt::lane() / 4 + e / 2 * 8;
+        const int column = simt::lane() % 4 * 2 + e % 2;
+        for (int k = 0; k < 16; ++k) {
+            const Operands left = all.of(row % 8 * 4 + k % 8 / 2);
+            const Operands right = all.of(column * 4 + k % 8 / 2);
+            sum[e] += sixteen_bits<type>(left.rows[k / 8 * 2 + row / 8], k % 2) * sixteen_bits<type>(right.columns[k / 8], k % 2);
+        }
+    }
+}
+
+inline void load_tiles(uint32_t (&tiles)[4], const void * row) {
+    const simt::Exchange<const void *> rows(row);
+    for (int tile = 0; tile < 4; ++tile) {
+        tiles[tile] = static_cast<const uint32_t *>(rows.of(8 * tile + simt::lane() / 4))[simt::lane() % 4];
+    }
+}
+inline void load_tiles_transposed(uint32_t (&tiles)[4], const void * row) {
+    const simt::Exchange<const void *> rows(row);
+    for (int tile = 0; tile < 4; ++tile) {
+        tiles[tile] = 0;
+        for (int e = 0; e < 2; ++e) {
+            const auto * of = static_cast<const uint16_t *>(rows.of(8 * tile + simt::lane() % 4 * 2 + e));
+            tiles[tile] |= static_cast<uint32_t>(of[simt::lane() / 4]) << (16 * e);
+        }
+    }
+}
+
 // What is on its way is poison until it has been waited for.
 struct Copy {
     std::byte * to;
@@ -35,12 +78,21 @@ struct Copy {
     int bytes;
 };
 void begin_copy(const Copy & copy);
-void end_copies();
+void end_batch();
+void end_copies(int n_batches);  // all but the last ones, in the order in which they began
 
 template <int bytes> void copy_async(void * to, const void * from) {
     begin_copy({static_cast<std::byte *>(to), static_cast<const std::byte *>(from), bytes});
 }
-inline void wait_for_copies() { end_copies(); }
+inline void copy_async_or_zero(void * to, const void * from, bool copies) {
+    begin_copy({static_cast<std::byte *>(to), copies ? static_cast<const std::byte *>(from) : nullptr, 16});
+}
+inline void commit_copies() { end_batch(); }
+template <int n> void wait_for_copies() { end_copies(n); }
+inline void wait_for_copies() {
+    end_batch();
+    end_copies(0);
+}
 
 inline void prefetch(const void *) {}
 
