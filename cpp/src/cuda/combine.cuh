@@ -27,22 +27,42 @@ __device__ __forceinline__ double power_of_two(int exponent) {
     return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
 }
 
-// What the kernels before left of a query, by a warp.
+// What the kernels before left of a query, by a warp: read at once, before it is needed.
 struct Left {
+    int threshold;
+    int n_visible;
+    bool gave_up;
+    uint8_t without_scan;
+    float reference;
+    float query_norm;
+    double least;
     double dropped = 0;
     double compensation = 0;
     float key_norm = 0;
     float value_norm = 0;
     int scanned = 0;
 
-    __device__ __forceinline__ void load(const Problem & p, int group, int i) {
+    __device__ __forceinline__ Left(const Problem & p, int group, int i) {
         const int lane = static_cast<int>(threadIdx.x) % 32;
+        const int query = group * p.n_shared + i;
+        threshold = p.threshold[query];
+        n_visible = p.sight[p.row_of_group(group)].n_visible;
+        gave_up = p.attend_all[group] != 0;
+        without_scan = p.spares_uniform ? *p.uniform_of(group) : uint8_t{0};
+        reference = p.reference[query];
+        query_norm = p.query_norm[query];
+        least = p.least[query];
+        if (threshold == kAttendAll) {
+            return;
+        }
+#pragma unroll 2
         for (int part = lane; part < p.n_select; part += 32) {
             const int64_t at = static_cast<int64_t>(group) * p.n_select + part;
             dropped += static_cast<double>(p.dropped[at * p.n_shared + i]);
             compensation += static_cast<double>(p.compensation[at * p.n_shared + i]);
             value_norm = fmaxf(value_norm, p.value_norm[at]);
         }
+#pragma unroll 2
         for (int part = lane; part < p.n_scan; part += 32) {
             key_norm = fmaxf(key_norm, p.key_norm[group * p.n_scan + part]);
             scanned += p.scanned[group * p.n_scan + part];
@@ -64,9 +84,7 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
     const int dim = p.values.dim;
     const int query = group * p.n_shared + i;
     const int row = p.row_of_group(group);
-    const Sight & sight = p.sight[row];
-    const int threshold = p.threshold[query];
-    const bool all = threshold == kAttendAll;
+    const bool all = left.threshold == kAttendAll;
     double kept = 0;
 #pragma unroll
     for (int w = 0; w < kAttendWarps; ++w) {
@@ -106,16 +124,16 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
         return;
     }
     HeadCertificate certificate;
-    certificate.tau = all ? -infinity() : tau_of(threshold, p.reference[query], p.to_log2);
-    certificate.n_visible = sight.n_visible;
+    certificate.tau = all ? -infinity() : tau_of(left.threshold, left.reference, p.to_log2);
+    certificate.n_visible = left.n_visible;
     certificate.n_scanned = left.scanned;
     certificate.n_attended = n_attended;
     if (!all && left.dropped > 0) {
         // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
         // dropped cells leave of the oracle's bound.
-        const double error = score_error(p.query_norm[query], left.key_norm, p.keys.dim, p.to_log2);
+        const double error = score_error(left.query_norm, left.key_norm, p.keys.dim, p.to_log2);
         const double scored = kept * unit * fmax(1.0 - 0.6931472 * error, 0.0);  // 2^-error is no less
-        const double rest = p.least[query] * (1.0 - kWeightError) - left.dropped * (1.0 + kWeightError);
+        const double rest = left.least * (1.0 - kWeightError) - left.dropped * (1.0 + kWeightError);
         const double least = fmax(scored, rest);
         const double share = dropped_share(left.dropped, least) * (1 + 0x1p-20);
         certificate.delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
@@ -156,18 +174,19 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
     }
     const unsigned long long n_query = static_cast<unsigned long long>(p.n_query_of(group));
     if (p.gave_up != nullptr) {
-        p.gave_up[group] = p.attend_all[group];
+        p.gave_up[group] = left.gave_up ? 1 : 0;
     }
-    if (p.attend_all[group] != 0) {
-        atomicAdd(sight.plain != 0 ? &totals.not_finite : &totals.not_plain, n_query);
+    if (left.gave_up) {
+        atomicAdd(p.sight[row].plain != 0 ? &totals.not_finite : &totals.not_plain, n_query);
         p.attend_all[group] = 0;
     } else if (all) {
         atomicAdd(&totals.uniform, n_query);
     }
-    uint8_t * without_scan = p.uniform_of(group);
     if (p.spares_uniform && row % p.n_token == 0) {
         const bool uniform = certificate.n_attended > kUniformShare * certificate.n_visible;
-        *without_scan = *without_scan > 0 ? static_cast<uint8_t>(*without_scan - 1) : uniform ? kStepsWithoutScan : uint8_t{0};
+        *p.uniform_of(group) = left.without_scan > 0 ? static_cast<uint8_t>(left.without_scan - 1)
+                               : uniform             ? kStepsWithoutScan
+                                                     : uint8_t{0};
     }
 }
 
@@ -181,27 +200,26 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int dim = p.values.dim;
     const int n_query = p.n_query_of(group);
-    const bool all = p.threshold[group * p.n_shared] == kAttendAll;
     // Written by other thread blocks of the same kernel: not from L1.
     const auto partial = [&](int share, int i) {
         const float2 of =
             __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(first + share) * p.n_shared + i));
         return PartialHead{of.x, of.y};
     };
+    // Where there is no query, share or channel, another is read and not taken: no load waits for a branch.
     float peak[n_most];
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
         peak[i] = -infinity();
-        if (i < n_query) {
-            for (int share = lane; share < n_shares; share += 32) {
-                peak[i] = fmaxf(peak[i], partial(share, i).peak);
-            }
+    }
+    for (int share = lane; share < n_shares; share += 32) {
+#pragma unroll
+        for (int i = 0; i < n_most; ++i) {
+            peak[i] = fmaxf(peak[i], partial(share, min(i, n_query - 1)).peak);
         }
     }
-    Left left;
-    if (warp < n_query && !all) {
-        left.load(p, group, warp);
-    }
+    const Left left(p, group, min(warp, n_query - 1));
+    const bool all = left.threshold == kAttendAll;
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
         peak[i] = largest_of_warp(peak[i]);
@@ -212,39 +230,48 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
 
     float4 sum[n_most][kQuads] = {};
     double kept[n_most] = {};
-    const auto add = [&](const float * part, int i, float factor) {
+    // The shares, and then what select adds.
+    const int n_sources = n_shares + (!all && p.compensate ? p.n_select : 0);
+    constexpr int kAtOnce = n_most * kQuads <= 4 ? 4 : 2;
+#pragma unroll 1
+    for (int from = warp; from < n_sources; from += kAtOnce * kAttendWarps) {
+        PartialHead own[kAtOnce][n_most];
+        float4 x[kAtOnce][n_most][kQuads];
 #pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-            if (const int c = j * 128 + lane * 4; c < dim) {
-                const float4 x = __ldcg(reinterpret_cast<const float4 *>(part + c));
-                sum[i][j].x = fmaf(x.x, factor, sum[i][j].x);
-                sum[i][j].y = fmaf(x.y, factor, sum[i][j].y);
-                sum[i][j].z = fmaf(x.z, factor, sum[i][j].z);
-                sum[i][j].w = fmaf(x.w, factor, sum[i][j].w);
-            }
-        }
-    };
-#pragma unroll 2
-    for (int share = warp; share < n_shares; share += kAttendWarps) {
-#pragma unroll
-        for (int i = 0; i < n_most; ++i) {
-            if (i < n_query) {
-                const PartialHead own = partial(share, i);
-                // Without a peak it is either nothing or NaN.
-                const float factor = own.peak == -infinity() ? 0.0f : exp2_fast(own.peak - peak[i]);
-                kept[i] += static_cast<double>(own.peak == -infinity() ? own.kept : own.kept * factor);
-                add(p.part + (static_cast<int64_t>(first + share) * p.n_shared + i) * dim, i, factor);
-            }
-        }
-    }
-    if (!all && p.compensate) {
-#pragma unroll 2
-        for (int part = warp; part < p.n_select; part += kAttendWarps) {
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int source = min(from + k * kAttendWarps, n_sources - 1);
+            const bool is_share = source < n_shares;
+            const float * parts =
+                is_share ? p.part + static_cast<int64_t>(first + source) * p.n_shared * dim
+                         : p.added + (static_cast<int64_t>(group) * p.n_select + source - n_shares) * p.n_shared * dim;
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
-                if (i < n_query) {
-                    add(p.added + ((static_cast<int64_t>(group) * p.n_select + part) * p.n_shared + i) * dim, i,
-                        exp2_fast(-peak[i]));
+                own[k][i] = partial(min(source, n_shares - 1), min(i, n_query - 1));
+#pragma unroll
+                for (int j = 0; j < kQuads; ++j) {
+                    x[k][i][j] = __ldcg(
+                        reinterpret_cast<const float4 *>(parts + min(i, n_query - 1) * dim + min(j * 128 + lane * 4, dim - 4)));
+                }
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int source = from + k * kAttendWarps;
+            const bool is_share = source < n_shares;
+#pragma unroll
+            for (int i = 0; i < n_most; ++i) {
+                // Without a peak a share is either nothing or NaN.
+                const float of_share = own[k][i].peak == -infinity() ? 0.0f : exp2_fast(own[k][i].peak - peak[i]);
+                const float factor = is_share ? of_share : source < n_sources ? exp2_fast(-peak[i]) : 0.0f;
+                if (is_share) {
+                    kept[i] += static_cast<double>(own[k][i].peak == -infinity() ? own[k][i].kept : own[k][i].kept * factor);
+                }
+#pragma unroll
+                for (int j = 0; j < kQuads; ++j) {
+                    sum[i][j].x = fmaf(x[k][i][j].x, factor, sum[i][j].x);
+                    sum[i][j].y = fmaf(x[k][i][j].y, factor, sum[i][j].y);
+                    sum[i][j].z = fmaf(x[k][i][j].z, factor, sum[i][j].z);
+                    sum[i][j].w = fmaf(x[k][i][j].w, factor, sum[i][j].w);
                 }
             }
         }

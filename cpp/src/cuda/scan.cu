@@ -134,28 +134,38 @@ template <class Stream> __device__ __forceinline__ bool begin(const Problem & p,
     return s.failed == 0;
 }
 
-// One block of the index, on its way into shared memory while its warp works on the block before. What a lane reads of the codes
-// it copied itself.
+// What a warp has of the index: the codes of one block, the grids of that and the next. They are on their way into shared memory
+// while the warp works on what it has; what a lane reads of the codes it copied itself.
+template <int n_tiles> struct Grid {
+    uint4 steps[8 * n_tiles];  // centres, then steps, in the order of grid_position
+    float bounds[8];           // BlockBounds
+};
 template <int n_tiles> struct Stage {
     uint4 codes[4 * n_tiles][32];
-    uint4 grid[8 * n_tiles];  // centres, then steps, in the order of grid_position
-    float bounds[sizeof(BlockBounds) / sizeof(float)];
+    Grid<n_tiles> grid[2];
 };
 
-template <int n_tiles> __device__ __forceinline__ void fetch(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
+// A quarter of a block's codes.
+template <int n_tiles>
+__device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Planes & planes, int64_t slot, int quarter) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const uint4 * codes = reinterpret_cast<const uint4 *>(planes.codes_of(slot)) + lane;
 #pragma unroll
-    for (int k = 0; k < 4 * n_tiles; ++k) {
+    for (int k = quarter * n_tiles; k < (quarter + 1) * n_tiles; ++k) {
         copy_async<16>(&stage.codes[k][lane], codes + k * 32);
     }
-    const uint4 * grid = reinterpret_cast<const uint4 *>(planes.center_of(slot));
+}
+
+template <int n_tiles> __device__ __forceinline__ void fetch_grid(Grid<n_tiles> & grid, const Planes & planes, int64_t slot) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const uint4 * steps = reinterpret_cast<const uint4 *>(planes.center_of(slot));
     for (int k = lane; k < 8 * n_tiles; k += 32) {
-        copy_async<16>(&stage.grid[k], grid + k);
+        copy_async<16>(&grid.steps[k], steps + k);
     }
     constexpr int kBounds = sizeof(BlockBounds) / sizeof(float);
+    static_assert(kBounds <= 8);
     if (lane < kBounds) {
-        copy_async<4>(&stage.bounds[lane], reinterpret_cast<const float *>(planes.bounds + slot) + lane);
+        copy_async<4>(&grid.bounds[lane], reinterpret_cast<const float *>(planes.bounds + slot) + lane);
     }
 }
 
@@ -188,11 +198,11 @@ __device__ __forceinline__ void widen(const uint2 & pairs, float (&out)[4]) {
 // 7 of a warp have query i: the first 4 its high, the others its low bytes, each of the channels of lane % 4. Of these channels
 // each of the two works on one half, and then they exchange bytes.
 template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&query)[n_tiles][4], float norm, float reference,
-                                                                 const Stage<n_tiles> & stage, int dim, float to_log2,
+                                                                 const Grid<n_tiles> & grid, int dim, float to_log2,
                                                                  bool certified, uint32_t (&levels)[n_tiles][2]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int half = lane / 4 % 2;
-    const uint2 * center = reinterpret_cast<const uint2 *>(stage.grid) + lane % 4 * (2 * n_tiles) + half;
+    const uint2 * center = reinterpret_cast<const uint2 *>(grid.steps) + lane % 4 * (2 * n_tiles) + half;
     const uint2 * step = center + 8 * n_tiles;
     float scaled[n_tiles][4];
     float largest = 0;
@@ -232,7 +242,7 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
         levels[t][0] = half == 0 ? highs : other;
         levels[t][1] = half == 0 ? other : lows;
     }
-    const BlockBounds bounds{stage.bounds[0], stage.bounds[1], stage.bounds[2], stage.bounds[3], stage.bounds[4]};
+    const BlockBounds bounds{grid.bounds[0], grid.bounds[1], grid.bounds[2], grid.bounds[3], grid.bounds[4]};
     ToBin to;
     to.slack = block_slack(head, bounds);
     to.scale = head.quantum * to_log2 * kBinsPerOctave;
@@ -320,20 +330,6 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
     return failed;
 }
 
-// Brings a block of the index to L2.
-template <int n_tiles> __device__ __forceinline__ void prefetch_block(const Planes & planes, int64_t slot) {
-    constexpr int kLine = 128;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const auto * codes = reinterpret_cast<const std::byte *>(planes.codes_of(slot));
-    for (int k = lane; k < 64 * 32 * n_tiles / kLine; k += 32) {
-        prefetch(codes + k * kLine);
-    }
-    const auto * grid = reinterpret_cast<const std::byte *>(planes.center_of(slot));
-    if (lane < (128 * n_tiles + kLine - 1) / kLine) {
-        prefetch(grid + lane * kLine);
-    }
-}
-
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
     scan(const __grid_constant__ Problem p) {
     wait_for_previous();  // launched behind a kernel that is not ours it waits for nothing, but lets the next one start
@@ -350,15 +346,27 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const uint64_t * indexed = p.planes.indexed + first_slot;
     const int last = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);  // where the warp begins
     const int stride = p.n_scan * kWarps;
+    const auto seen_of = [&](int at) { return at >= 0 ? visible[at] : 0; };
+    const auto indexed_of = [&](int at) { return at >= 0 ? indexed[at] : 0; };
     int block = last;
-    uint64_t seen = block >= 0 ? visible[block] : 0;
-    uint64_t cells = block >= 0 ? seen & indexed[block] : 0;
+    uint64_t seen = seen_of(block);
+    uint64_t cells = seen & indexed_of(block);
+    uint64_t next_seen = seen_of(block - stride);
+    uint64_t next_cells = next_seen & indexed_of(block - stride);
     const auto stream = [&] {
         if (cells != 0) {
-            fetch(stage, p.planes, first_slot + block);
+            fetch_grid(stage.grid[0], p.planes, first_slot + block);
         }
-        if (block >= stride) {
-            prefetch_block<n_tiles>(p.planes, first_slot + block - stride);
+        if (next_cells != 0) {
+            fetch_grid(stage.grid[1], p.planes, first_slot + block - stride);
+        }
+        commit_copies();
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            if (cells != 0) {
+                fetch_codes(stage, p.planes, first_slot + block, r);
+            }
+            commit_copies();
         }
     };
     if (is_uniform || p.sight[row].plain == 0 || !begin(p, group, s, stream)) {
@@ -394,25 +402,32 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     bool failed = false;
     uint64_t others = 0;
 
+    uint32_t levels[n_quad][n_tiles][2];
+    ToBin to[n_quad];
+    const auto prepare = [&](const Grid<n_tiles> & grid) {
+        key_norm = fmaxf(key_norm, grid.bounds[3]);
+#pragma unroll
+        for (int z = 0; z < n_quad; ++z) {
+            to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], grid, p.planes.key_dim, p.to_log2, p.certified, levels[z]);
+        }
+    };
+    wait_for_copies<4>();  // the grids
+    __syncwarp();
+    if (cells != 0) {
+        prepare(stage.grid[0]);
+    }
+    __syncwarp();
+    int current = 0;
     for (uint64_t bit = 1; block >= 0; bit = bit << 1 != 0 ? bit << 1 : bit) {
         const int next = block - stride;
-        const uint64_t next_seen = next >= 0 ? visible[next] : 0;
-        const uint64_t next_cells = next >= 0 ? next_seen & indexed[next] : 0;
+        const uint64_t after_seen = seen_of(next - stride);
+        const uint64_t after_cells = after_seen & indexed_of(next - stride);
         others |= (seen & ~cells) != 0 ? bit : 0;
         float places[n_quad][8];
-        ToBin to[n_quad];
-        if (cells != 0) {
-            wait_for_copies();
-            __syncwarp();
-            key_norm = fmaxf(key_norm, stage.bounds[3]);
-            uint32_t levels[n_quad][n_tiles][2];
 #pragma unroll
-            for (int z = 0; z < n_quad; ++z) {
-                to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], stage, p.planes.key_dim, p.to_log2, p.certified,
-                                          levels[z]);
-            }
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < 4; ++r) {
+            wait_for_copies<3>();  // the oldest batch: this quarter
+            if (cells != 0) {
                 int sum[n_quad][4] = {};
 #pragma unroll
                 for (int t = 0; t < n_tiles; ++t) {
@@ -428,14 +443,15 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                     places[z][2 * r + 1] = static_cast<float>(256 * sum[z][2] + sum[z][3]);
                 }
             }
-            __syncwarp();  // all lanes are through with the grid
+            if (next_cells != 0) {
+                fetch_codes(stage, p.planes, first_slot + next, r);
+            }
+            if (r == 0 && after_cells != 0) {
+                fetch_grid(stage.grid[current], p.planes, first_slot + next - stride);
+            }
+            commit_copies();
         }
-        if (next_cells != 0) {
-            fetch(stage, p.planes, first_slot + next);
-        }
-        if (next >= stride) {
-            prefetch_block<n_tiles>(p.planes, first_slot + next - stride);
-        }
+        current = 1 - current;
         if (cells != 0) {
             scanned += __popcll(static_cast<long long>(cells));
             const uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
@@ -471,10 +487,18 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                 }
             }
         }
+        __syncwarp();  // the next block's grid is there for all lanes
+        if (next_cells != 0) {
+            prepare(stage.grid[current]);
+        }
+        __syncwarp();
         block = next;
         seen = next_seen;
         cells = next_cells;
+        next_seen = after_seen;
+        next_cells = after_cells;
     }
+    wait_for_copies();
     // What the index does not cover yet: the newest cells, or much more after a prompt or a restored state. The warps share the
     // cells of each such block, or the owner of the newest would be the last to end.
     if (lane == 0) {

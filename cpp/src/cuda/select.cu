@@ -63,6 +63,44 @@ template <int e> __device__ __forceinline__ float edge_of(uint32_t word) {
     return exp2_fast(fmaf(number, kOctave, (1 - kReferenceBin) * kOctave - 0x1p23f * kOctave));
 }
 
+// What a warp works on at once, 8 cells to a lane: lane / 8 is the block, lane % 8 the byte of its words.
+template <int n_most, int n_pairs> struct Cells {
+    uint64_t seen = 0;
+    uint64_t indexed = 0;
+    uint2 bins[n_most];
+    float slack[n_most];
+    float longest = 0;
+    uint32_t means[kAtOnce][n_pairs];
+
+    // Blocks [first, end). Nothing waits for anything here: where there are no bins, what is read is not taken.
+    __device__ __forceinline__ void load(const Problem & p, int group, int64_t first_slot, int first, int end) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const bool is_there = first + lane / 8 < end;
+        const int block = is_there ? first + lane / 8 : end - 1;
+        const int n_query = p.n_query_of(group);
+        seen = is_there ? p.visible_of(group)[block] : 0;
+        indexed = p.planes.indexed[first_slot + block];
+        longest = p.planes.bounds[first_slot + block].value_norm;
+#pragma unroll
+        for (int i = 0; i < n_most; ++i) {
+            const int64_t of = (static_cast<int64_t>(group) * p.n_shared + min(i, n_query - 1)) * p.n_blocks + block;
+            bins[i] = *reinterpret_cast<const uint2 *>(p.bins + of * kBlockCells + lane % 8 * 8);
+            slack[i] = p.slack[of];
+        }
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b) {
+#pragma unroll
+            for (int j = 0; j < n_pairs; ++j) {
+                const int c = min(j * 64 + lane * 2, p.planes.value_dim - 2);
+                means[b][j] =
+                    p.compensate
+                        ? __ldg(reinterpret_cast<const uint32_t *>(p.planes.means_of(first_slot + min(first + b, end - 1)) + c))
+                        : 0u;
+            }
+        }
+    }
+};
+
 // n_most: queries to a group, n_pairs: pairs of channels to a lane, at most.
 template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32) select(const __grid_constant__ Problem p) {
     wait_for_previous();
@@ -79,11 +117,17 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     const int begin = p.select_begin(split);
     const int end = p.select_begin(split + 1);
     int * places = reinterpret_cast<int *>(bits + (end - begin));
-    const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const Sight & sight = p.sight[p.row_of_group(group)];
     const bool all = !(p.epsilon > 0) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
 
+    // The first cells are on their way while the thresholds are worked out.
+    constexpr int kStride = kWarps * kAtOnce;
+    int first = begin + warp * kAtOnce;
+    Cells<n_most, n_pairs> cells;
+    if (first < end) {
+        cells.load(p, group, first_slot, first, end);
+    }
     if (warp < n_query) {
         // Worked out even where it is not wanted, so that nothing waits to know that.
         double least = 0;
@@ -110,73 +154,49 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     float value_norm = 0;
     const int sub = lane / 8;
     const int byte = lane % 8;
-    for (int first = begin + warp * kAtOnce; first < end; first += kWarps * kAtOnce) {
+    for (; first < end; first += kStride) {
         const int block = first + sub;
         const bool is_there = block < end;
-        const uint64_t seen_of_block = is_there ? visible[block] : 0;
-        const uint32_t seen = static_cast<uint32_t>(seen_of_block >> (8 * byte)) & 0xffu;
+        Cells<n_most, n_pairs> next;
+        if (first + kStride < end) {
+            next.load(p, group, first_slot, first + kStride, end);
+        }
+        const uint32_t seen = static_cast<uint32_t>(cells.seen >> (8 * byte)) & 0xffu;
         uint32_t keep = seen;
         if (!all && __any_sync(~0u, seen != 0)) {
-            const uint64_t indexed_of_block = is_there ? p.planes.indexed[first_slot + block] : 0;
-            const bool has_bins = (seen_of_block & indexed_of_block) != 0;
-            const int64_t at = static_cast<int64_t>(group) * p.n_shared * p.n_blocks + block;
-            uint2 bins[n_most];
-            float slack[n_most];
-#pragma unroll
-            for (int i = 0; i < n_most; ++i) {
-                bins[i] = make_uint2(0, 0);
-                slack[i] = 0;
-                if (i < n_query && has_bins) {
-                    const int64_t of = at + static_cast<int64_t>(i) * p.n_blocks;
-                    bins[i] = *reinterpret_cast<const uint2 *>(p.bins + of * kBlockCells + byte * 8);
-                    slack[i] = p.compensate ? p.slack[of] : 0.0f;
-                }
-            }
-            uint32_t means[kAtOnce][n_pairs];
-#pragma unroll
-            for (int b = 0; b < kAtOnce; ++b) {
-#pragma unroll
-                for (int j = 0; j < n_pairs; ++j) {
-                    const int c = j * 64 + lane * 2;
-                    means[b][j] = p.compensate && first + b < end && c < p.planes.value_dim
-                                      ? __ldg(reinterpret_cast<const uint32_t *>(p.planes.means_of(first_slot + first + b) + c))
-                                      : 0u;
-                }
-            }
-            const float longest = has_bins ? p.planes.bounds[first_slot + block].value_norm : 0.0f;
-
             const int cell = block * kBlockCells + byte * 8;
             const int sinks = min(max(sight.sinks_end - cell, 0), 8);
             const int recent = min(max(cell + 8 - sight.recent_begin, 0), 8);
-            uint32_t need = ~static_cast<uint32_t>(indexed_of_block >> (8 * byte)) | ((1u << sinks) - 1) | ~(0xffu >> recent);
+            uint32_t need = ~static_cast<uint32_t>(cells.indexed >> (8 * byte)) | ((1u << sinks) - 1) | ~(0xffu >> recent);
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
                 if (i < n_query) {
-                    need |= as_bits(__vcmpgeu4(bins[i].x, threshold[i])) | as_bits(__vcmpgeu4(bins[i].y, threshold[i])) << 4;
+                    need |= as_bits(__vcmpgeu4(cells.bins[i].x, threshold[i])) |
+                            as_bits(__vcmpgeu4(cells.bins[i].y, threshold[i])) << 4;
                 }
             }
             keep = seen & need;
             const uint32_t drops = seen & ~need;
             if (__any_sync(~0u, drops != 0)) {
                 float weight[n_most];
-                value_norm = drops != 0 ? fmaxf(value_norm, longest) : value_norm;
+                value_norm = drops != 0 ? fmaxf(value_norm, cells.longest) : value_norm;
 #pragma unroll
                 for (int i = 0; i < n_most; ++i) {
                     weight[i] = 0;
                     if (i < n_query) {
                         float most = 0;
-                        most += (drops & 0x01u) != 0 ? edge_of<0>(bins[i].x) : 0.0f;
-                        most += (drops & 0x02u) != 0 ? edge_of<1>(bins[i].x) : 0.0f;
-                        most += (drops & 0x04u) != 0 ? edge_of<2>(bins[i].x) : 0.0f;
-                        most += (drops & 0x08u) != 0 ? edge_of<3>(bins[i].x) : 0.0f;
-                        most += (drops & 0x10u) != 0 ? edge_of<0>(bins[i].y) : 0.0f;
-                        most += (drops & 0x20u) != 0 ? edge_of<1>(bins[i].y) : 0.0f;
-                        most += (drops & 0x40u) != 0 ? edge_of<2>(bins[i].y) : 0.0f;
-                        most += (drops & 0x80u) != 0 ? edge_of<3>(bins[i].y) : 0.0f;
+                        most += (drops & 0x01u) != 0 ? edge_of<0>(cells.bins[i].x) : 0.0f;
+                        most += (drops & 0x02u) != 0 ? edge_of<1>(cells.bins[i].x) : 0.0f;
+                        most += (drops & 0x04u) != 0 ? edge_of<2>(cells.bins[i].x) : 0.0f;
+                        most += (drops & 0x08u) != 0 ? edge_of<3>(cells.bins[i].x) : 0.0f;
+                        most += (drops & 0x10u) != 0 ? edge_of<0>(cells.bins[i].y) : 0.0f;
+                        most += (drops & 0x20u) != 0 ? edge_of<1>(cells.bins[i].y) : 0.0f;
+                        most += (drops & 0x40u) != 0 ? edge_of<2>(cells.bins[i].y) : 0.0f;
+                        most += (drops & 0x80u) != 0 ? edge_of<3>(cells.bins[i].y) : 0.0f;
                         dropped[i] += most;
                         if (p.compensate) {
                             // The slack's middle, where the score most likely is.
-                            weight[i] = most * (kMeanOfBin * exp2_fast(-slack[i]));
+                            weight[i] = drops != 0 ? most * (kMeanOfBin * exp2_fast(-cells.slack[i])) : 0.0f;
 #pragma unroll
                             for (int bit = 1; bit < 8; bit *= 2) {
                                 weight[i] += __shfl_xor_sync(~0u, weight[i], bit);
@@ -194,8 +214,9 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
                                 const float of_block = __shfl_sync(~0u, weight[i], 8 * b);
 #pragma unroll
                                 for (int j = 0; j < n_pairs; ++j) {
-                                    added[i][j][0] = fmaf(of_block, __uint_as_float(means[b][j] << 16), added[i][j][0]);
-                                    added[i][j][1] = fmaf(of_block, __uint_as_float(means[b][j] & 0xffff0000u), added[i][j][1]);
+                                    added[i][j][0] = fmaf(of_block, __uint_as_float(cells.means[b][j] << 16), added[i][j][0]);
+                                    added[i][j][1] =
+                                        fmaf(of_block, __uint_as_float(cells.means[b][j] & 0xffff0000u), added[i][j][1]);
                                 }
                             }
                         }
@@ -208,6 +229,7 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
             reinterpret_cast<uint8_t *>(p.kept + static_cast<int64_t>(group) * p.n_blocks + block)[byte] =
                 static_cast<uint8_t>(keep);
         }
+        cells = next;
     }
     // The warps' sums, in an order that does not depend on timing.
 #pragma unroll
@@ -253,8 +275,8 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     // The survivors in a list, in their order.
     if (warp == 0) {
         int before = 0;
-        for (int first = 0; first < end - begin; first += 32) {
-            const int b = first + lane;
+        for (int from = 0; from < end - begin; from += 32) {
+            const int b = from + lane;
             const int n = b < end - begin ? __popcll(static_cast<long long>(bits[b])) : 0;
             const int place = before + exclusive_sum(n);
             if (b < end - begin) {
