@@ -81,37 +81,45 @@ __device__ __forceinline__ Share find_share(const Problem & p, int * parts, int 
     return {-1, 0, 0, 0, 0, 0};
 }
 
-// What the warps found, as one share of the group.
-template <int n_channels>
-__device__ __forceinline__ void merge(const Problem & p, const Shared & s, const float * outputs, size_t stride, int n_query) {
+// What the warps found, as one share of the group; with its part of what select adds for the dropped cells.
+template <int n_channels> __device__ __forceinline__ void merge(const Problem & p, const Share & share, const Shared & s,
+                                                                const float * outputs, size_t stride, int n_query, bool all) {
+    constexpr int kPerQuery = n_channels / 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t number = static_cast<int64_t>(blockIdx.x);
-    for (int i = warp; i < n_query; i += kAttendWarps) {
-        float peak = -infinity();
+    const int number = static_cast<int>(blockIdx.x);
+    const int dim = p.values.dim;
+    const int n_added = !all && p.compensate ? p.n_select : 0;
+#pragma unroll 1
+    for (int item = warp; item < n_query * kPerQuery; item += kAttendWarps) {
+        const int i = item / kPerQuery;
+        const int c = item % kPerQuery * 32 + lane;
+        float added = 0;
+#pragma unroll 2
+        for (int part = number - share.first; part < n_added; part += share.n) {
+            added += p.added[((static_cast<int64_t>(share.group) * p.n_select + part) * p.n_shared + i) * dim + min(c, dim - 1)];
+        }
+        // What is dropped is relative to the reference, and has to fit into the share's unit.
+        float peak = all ? -infinity() : -100.0f;
 #pragma unroll
         for (int w = 0; w < kAttendWarps; ++w) {
             peak = fmaxf(peak, s.head[w][i].peak);
         }
         float kept = 0;
-        float factor[kAttendWarps];
+        float sum = n_added > 0 ? added * exp2_fast(-peak) : 0.0f;
 #pragma unroll
         for (int w = 0; w < kAttendWarps; ++w) {
             const PartialHead head = s.head[w][i];
-            factor[w] = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
+            const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
             // A NaN has no peak.
-            kept += isnan(head.kept) ? head.kept : head.kept * factor[w];
+            kept += isnan(head.kept) ? head.kept : head.kept * factor;
+            sum += factor == 0.0f ? 0.0f : outputs[w * stride + static_cast<size_t>(i * n_channels + c)] * factor;
         }
-        if (lane == 0) {
+        if (c == 0) {
             p.partial[number * p.n_shared + i] = {peak, kept};
         }
-        for (int c = lane; c < p.values.dim; c += 32) {
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < kAttendWarps; ++w) {
-                sum += factor[w] == 0.0f ? 0.0f : outputs[w * stride + static_cast<size_t>(i * n_channels + c)] * factor[w];
-            }
-            p.part[(number * p.n_shared + i) * p.values.dim + c] = sum;
+        if (c < dim) {
+            p.part[(static_cast<int64_t>(number) * p.n_shared + i) * dim + c] = sum;
         }
     }
 }
@@ -175,7 +183,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     constexpr size_t kStride = Worker::kBytes / sizeof(float);
     worker.end(s.head[warp], outputs + static_cast<size_t>(warp) * kStride, n_query);
     __syncthreads();
-    merge<n_channels>(p, s, outputs, kStride, n_query);
+    merge<n_channels>(p, share, s, outputs, kStride, n_query, p.threshold[group * p.n_shared] == kAttendAll);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();

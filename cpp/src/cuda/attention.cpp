@@ -288,8 +288,9 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.n_head_kv = index.n_head_kv();
     p.n_gqa = n_gqa;
     p.n_part = groups.n_part;
+    p.n_group_of_row = p.n_head_kv * groups.n_part;
     p.n_shared = groups.n_shared;
-    p.n_group = op.n_token * op.n_stream * p.n_head_kv * p.n_part;
+    p.n_group = op.n_token * op.n_stream * p.n_group_of_row;
     p.n_kv = op.n_kv;
     p.n_blocks = n_blocks_for(op.n_kv);
     p.kv_size = index.kv_size();
@@ -314,7 +315,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.spares_uniform = !op.settings.check && op.settings.epsilon > 0;
     const Grids grids = grids_of(n_processors_, p.n_group, p.n_blocks);
     p.n_scan = grids.n_scan;
-    p.n_select = grids.n_select;
+    p.share_select(grids.n_select);
     p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
 
     Parts parts(s.memory.as<std::byte>());

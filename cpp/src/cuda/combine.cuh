@@ -93,7 +93,7 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
     // 2^peak, a whole number; where it is out of range nothing is said of what was dropped, or it counts for less than it is.
     const double unit = peak == -infinity() ? 1.0 : power_of_two(static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f)));
     const double mass = kept + (left.compensation > 0 ? left.compensation / unit : 0.0);
-    const float inverse = mass > 0 || isnan(mass) ? static_cast<float>(1.0 / mass) : 0.0f;  // no visible cell: 0, as stock
+    const float inverse = mass > 0 || isnan(mass) ? 1.0f / static_cast<float>(mass) : 0.0f;  // no visible cell: 0, as stock
     double squared = 0;
     float * output = p.output_of(group, i);
 #pragma unroll
@@ -163,7 +163,7 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
         return;
     }
     // Once for the heads that read together; what other queries of the group still need is not touched.
-    if (group % (p.n_head_kv * p.n_part) == 0) {
+    if (group % p.n_group_of_row == 0) {
         atomicAdd(&totals.tokens[p.epsilon > 0 ? 1 : 0], 1ull);
     }
     atomicAdd(&totals.group_visible, static_cast<unsigned long long>(certificate.n_visible));
@@ -230,23 +230,18 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
 
     float4 sum[n_most][kQuads] = {};
     double kept[n_most] = {};
-    // The shares, and then what select adds.
-    const int n_sources = n_shares + (!all && p.compensate ? p.n_select : 0);
-    constexpr int kAtOnce = n_most * kQuads <= 4 ? 4 : 2;
+    constexpr int kAtOnce = n_most * kQuads <= 4 ? 2 : 1;
 #pragma unroll 1
-    for (int from = warp; from < n_sources; from += kAtOnce * kAttendWarps) {
+    for (int from = warp; from < n_shares; from += kAtOnce * kAttendWarps) {
         PartialHead own[kAtOnce][n_most];
         float4 x[kAtOnce][n_most][kQuads];
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-            const int source = min(from + k * kAttendWarps, n_sources - 1);
-            const bool is_share = source < n_shares;
-            const float * parts =
-                is_share ? p.part + static_cast<int64_t>(first + source) * p.n_shared * dim
-                         : p.added + (static_cast<int64_t>(group) * p.n_select + source - n_shares) * p.n_shared * dim;
+            const int share = min(from + k * kAttendWarps, n_shares - 1);
+            const float * parts = p.part + static_cast<int64_t>(first + share) * p.n_shared * dim;
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
-                own[k][i] = partial(min(source, n_shares - 1), min(i, n_query - 1));
+                own[k][i] = partial(share, min(i, n_query - 1));
 #pragma unroll
                 for (int j = 0; j < kQuads; ++j) {
                     x[k][i][j] = __ldcg(
@@ -256,16 +251,13 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
         }
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-            const int source = from + k * kAttendWarps;
-            const bool is_share = source < n_shares;
+            const bool is_there = from + k * kAttendWarps < n_shares;
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
                 // Without a peak a share is either nothing or NaN.
-                const float of_share = own[k][i].peak == -infinity() ? 0.0f : exp2_fast(own[k][i].peak - peak[i]);
-                const float factor = is_share ? of_share : source < n_sources ? exp2_fast(-peak[i]) : 0.0f;
-                if (is_share) {
-                    kept[i] += static_cast<double>(own[k][i].peak == -infinity() ? own[k][i].kept : own[k][i].kept * factor);
-                }
+                const bool has_peak = own[k][i].peak != -infinity();
+                const float factor = is_there && has_peak ? exp2_fast(own[k][i].peak - peak[i]) : 0.0f;
+                kept[i] += static_cast<double>(is_there && !has_peak ? own[k][i].kept : own[k][i].kept * factor);
 #pragma unroll
                 for (int j = 0; j < kQuads; ++j) {
                     sum[i][j].x = fmaf(x[k][i][j].x, factor, sum[i][j].x);
@@ -304,8 +296,8 @@ template <DType type> __device__ __noinline__ void encode_pending(const Problem 
     for (int entry = worker; entry < n; entry += kEncoders) {
         const int slot = p.pending[entry];
         const int block = slot % p.planes.n_blocks;
-        const int head = slot / p.planes.n_blocks % p.n_head_kv;
-        const int stream = slot / p.planes.n_blocks / p.n_head_kv;
+        const int head = slot / p.planes.n_blocks % p.n_head_kv.value;
+        const int stream = slot / p.planes.n_blocks / p.n_head_kv.value;
         const uint64_t * visible = p.visible + static_cast<int64_t>(stream - p.first_stream) * p.n_token * p.visible_stride;
         const uint64_t wanted = complete_cells(visible, p.visible_stride, p.n_token, block, p.n_blocks);
         encode_block<type>(p.planes, p.keys, p.values, static_cast<int64_t>(stream) * p.kv_size, head, slot, block, wanted,

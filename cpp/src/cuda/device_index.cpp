@@ -166,7 +166,8 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     p.n_head = p.n_head_kv * n_gqa;
     p.n_part = (n_gqa + kMaxShared - 1) / kMaxShared;
     p.n_shared = (n_gqa + p.n_part - 1) / p.n_part;
-    p.n_group = p.n_head_kv * p.n_part;
+    p.n_group_of_row = p.n_head_kv * p.n_part;
+    p.n_group = p.n_group_of_row;
     p.n_kv = static_cast<int>(keys_.n);
     p.n_blocks = n_blocks();
     p.kv_size = keys_.n;
@@ -178,7 +179,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const int full = 2 * n_processors_;
     const int share = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8));
     p.n_scan = share;
-    p.n_select = std::max(share, (p.n_blocks + kMostShare - 1) / kMostShare);
+    p.share_select(std::max(share, (p.n_blocks + kMostShare - 1) / kMostShare));
     p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
     p.visible_stride = p.n_blocks + 1;
 

@@ -80,17 +80,33 @@ struct PartialHead {
     float kept;
 };
 
+// What kernels divide group numbers by: a division in full is a third of what a short kernel has to fetch of code. Exact for
+// dividends from 0 to 2^21: half is far enough from the next whole multiple for float32.
+struct Divisor {
+    int value = 1;
+    float inverse = 1;
+
+    Divisor() = default;
+    LOUVER_BOTH Divisor(int divisor) : value(divisor), inverse(1.0f / static_cast<float>(divisor)) {}
+    LOUVER_BOTH operator int() const { return value; }
+    friend LOUVER_BOTH int operator/(int a, const Divisor & by) {
+        return static_cast<int>((static_cast<float>(a) + 0.5f) * by.inverse);
+    }
+    friend LOUVER_BOTH int operator%(int a, const Divisor & by) { return a - a / by * by.value; }
+};
+
 struct Problem {
     // Shape. A group is the query heads of one token that share a KV head, kMaxShared at most; its queries are numbered
     // group * n_shared + i, some of which may not exist in the last part of a KV head.
-    int n_token;
+    Divisor n_token;
     int n_stream;
     int first_stream;
     int n_head;
-    int n_head_kv;
+    Divisor n_head_kv;
     int n_gqa;
-    int n_part;    // groups to a token's KV head
-    int n_shared;  // queries to a group
+    Divisor n_part;          // groups to a token's KV head,
+    Divisor n_group_of_row;  // to a token
+    int n_shared;            // queries to a group
     int n_group;
     int n_kv;
     int n_blocks;  // in use
@@ -131,6 +147,8 @@ struct Problem {
     // with a share that may be short.
     int n_scan;
     int n_select;
+    int select_length;
+    int n_select_longer;
     int n_attend;
     float * query_norm;     // [n_group][n_shared], rounded up
     float * reference;      // [n_group][n_shared] log2 units
@@ -166,7 +184,7 @@ struct Problem {
     HeadCertificate * certificates;  // [n_stream * n_token][n_head]
     Totals * totals;
 
-    LOUVER_BOTH int row_of_group(int group) const { return group / (n_head_kv * n_part); }
+    LOUVER_BOTH int row_of_group(int group) const { return group / n_group_of_row; }
     LOUVER_BOTH int kv_head_of(int group) const { return group / n_part % n_head_kv; }
     LOUVER_BOTH int part_of(int group) const { return group % n_part; }
     LOUVER_BOTH int stream_of(int group) const { return first_stream + row_of_group(group) / n_token; }
@@ -192,8 +210,15 @@ struct Problem {
     LOUVER_BOTH uint8_t * uniform_of(int group) const {
         return without_scan + (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
     }
-    // First block of a select thread block's share.
-    LOUVER_BOTH int select_begin(int split) const { return static_cast<int>(static_cast<int64_t>(n_blocks) * split / n_select); }
+    // First block of a select thread block's share: the first few are one longer.
+    LOUVER_BOTH int select_begin(int split) const {
+        return split * select_length + (split < n_select_longer ? split : n_select_longer);
+    }
+    void share_select(int n) {
+        n_select = n;
+        select_length = n_blocks / n;
+        n_select_longer = n_blocks % n;
+    }
 };
 
 }  // namespace louver::cuda
