@@ -232,8 +232,7 @@ struct Grids {
 Grids grids_of(int n_processors, int n_group, int n_blocks) {
     const int full = 2 * n_processors;
     const int most = std::max(1, (n_blocks + 7) / 8);  // a block to each of 8 warps
-    const int share = std::clamp(full / n_group, 1, most);
-    return {share, share};
+    return {std::clamp(full / n_group, 1, most + 1), std::clamp(full / n_group, 1, most)};
 }
 
 }  // namespace

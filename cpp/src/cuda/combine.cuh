@@ -55,14 +55,14 @@ struct Left {
         if (threshold == kAttendAll) {
             return;
         }
-#pragma unroll 2
+#pragma unroll 1
         for (int part = lane; part < p.n_select; part += 32) {
             const int64_t at = static_cast<int64_t>(group) * p.n_select + part;
             dropped += static_cast<double>(p.dropped[at * p.n_shared + i]);
             compensation += static_cast<double>(p.compensation[at * p.n_shared + i]);
             value_norm = fmaxf(value_norm, p.value_norm[at]);
         }
-#pragma unroll 2
+#pragma unroll 1
         for (int part = lane; part < p.n_scan; part += 32) {
             key_norm = fmaxf(key_norm, p.key_norm[group * p.n_scan + part]);
             scanned += p.scanned[group * p.n_scan + part];
@@ -117,9 +117,6 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
         }
     }
     squared = sum_of_warp(squared);
-    for (int b = lane; b < kBins; b += 32) {  // a scan that was given up has counted too
-        p.histogram[static_cast<int64_t>(query) * kBins + b] = 0;
-    }
     if (lane != 0) {
         return;
     }

@@ -178,7 +178,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     p.certified = true;
     const int full = 2 * n_processors_;
     const int share = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8));
-    p.n_scan = share;
+    p.n_scan = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8) + 1);
     p.share_select(std::max(share, (p.n_blocks + kMostShare - 1) / kMostShare));
     p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
     p.visible_stride = p.n_blocks + 1;

@@ -143,8 +143,8 @@ struct Problem {
     const uint64_t * visible;
     int64_t visible_stride;
 
-    // Scratch. Grids: n_scan thread blocks to a group scan, n_select select; n_attend attend all groups together, n_group of them
-    // with a share that may be short.
+    // Scratch. Grids: n_scan thread blocks to a group scan (the last of several has what is not indexed), n_select select;
+    // n_attend attend all groups together, n_group of them with a share that may be short.
     int n_scan;
     int n_select;
     int select_length;

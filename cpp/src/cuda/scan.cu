@@ -29,7 +29,7 @@ struct Shared {
     double lower[kWarps][kMaxShared];  // of each warp
     float key_norm[kWarps];
     int scanned[kWarps];
-    uint64_t others[kWarps];  // which of a warp's blocks have cells that are not indexed; the last bit: some from there on
+    uint32_t others[kWarps];  // of 32 blocks those that have cells which are not indexed
     int failed;               // before the scan
 };
 constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
@@ -330,6 +330,56 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
     return failed;
 }
 
+// What the index does not cover yet, by a whole thread block: the newest cells, or much more after a prompt or a restored state.
+__device__ __forceinline__ bool add_others(const Problem & p, int group, Shared & s, float & key_norm) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const uint64_t * visible = p.visible_of(group);
+    const int64_t first_slot = p.slot_of(group, 0);
+    const uint64_t * indexed = p.planes.indexed + first_slot;
+    constexpr int kAtOnce = 4;
+    bool failed = false;
+#pragma unroll 1
+    for (int newest = p.n_blocks - 1; newest >= 0; newest -= kAtOnce * kWarps * 32) {
+        bool has_others[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int at = newest - k * kWarps * 32 - static_cast<int>(threadIdx.x);
+            has_others[k] = at >= 0 && (visible[at] & ~indexed[at]) != 0;
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            if (__syncthreads_or(has_others[k] ? 1 : 0) == 0) {
+                continue;
+            }
+            const uint32_t of_warp = __ballot_sync(~0u, has_others[k]);
+            if (lane == 0) {
+                s.others[warp] = of_warp;
+            }
+            __syncthreads();
+#pragma unroll 1
+            for (int w = 0; w < kWarps; ++w) {
+#pragma unroll 1
+                for (uint32_t left = s.others[w]; left != 0; left &= left - 1) {
+                    const int at = newest - (k * kWarps + w) * 32 - (__ffs(static_cast<int>(left)) - 1);
+                    const uint64_t all = visible[at];
+                    const uint64_t others = all & ~indexed[at];
+                    with_type(p.keys.type,
+                              [&]<DType type>() { failed = add_exact<type>(p, group, at, others, s, key_norm) || failed; });
+                    const int64_t slot = first_slot + at;
+                    const bool complete = all == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
+                    if (threadIdx.x == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 &&
+                        atomicExch(&p.queued[slot], 1) == 0) {
+                        p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
+                    }
+                }
+            }
+            __syncthreads();  // before the next of s.others
+        }
+    }
+    return failed;
+}
+
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
     scan(const __grid_constant__ Problem p) {
     wait_for_previous();  // launched behind a kernel that is not ours it waits for nothing, but lets the next one start
@@ -344,15 +394,15 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const uint64_t * indexed = p.planes.indexed + first_slot;
-    const int last = p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp);  // where the warp begins
-    const int stride = p.n_scan * kWarps;
-    const auto seen_of = [&](int at) { return at >= 0 ? visible[at] : 0; };
-    const auto indexed_of = [&](int at) { return at >= 0 ? indexed[at] : 0; };
-    int block = last;
-    uint64_t seen = seen_of(block);
-    uint64_t cells = seen & indexed_of(block);
-    uint64_t next_seen = seen_of(block - stride);
-    uint64_t next_cells = next_seen & indexed_of(block - stride);
+    // The last thread block has the cells that are not indexed, so that nobody has both to do.
+    const int n_streaming = max(p.n_scan - 1, 1);
+    const bool streams = static_cast<int>(blockIdx.x) < n_streaming;
+    const bool adds_others = static_cast<int>(blockIdx.x) == p.n_scan - 1;
+    const int stride = n_streaming * kWarps;
+    int block = streams ? p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp) : -1;
+    const auto cells_of = [&](int at) { return at >= 0 ? visible[at] & indexed[at] : 0; };
+    uint64_t cells = cells_of(block);
+    uint64_t next_cells = cells_of(block - stride);
     const auto stream = [&] {
         if (cells != 0) {
             fetch_grid(stage.grid[0], p.planes, first_slot + block);
@@ -400,7 +450,6 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     float key_norm = 0;
     int scanned = 0;
     bool failed = false;
-    uint64_t others = 0;
 
     uint32_t levels[n_quad][n_tiles][2];
     ToBin to[n_quad];
@@ -418,11 +467,9 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     }
     __syncwarp();
     int current = 0;
-    for (uint64_t bit = 1; block >= 0; bit = bit << 1 != 0 ? bit << 1 : bit) {
+    while (block >= 0) {
         const int next = block - stride;
-        const uint64_t after_seen = seen_of(next - stride);
-        const uint64_t after_cells = after_seen & indexed_of(next - stride);
-        others |= (seen & ~cells) != 0 ? bit : 0;
+        const uint64_t after_cells = cells_of(next - stride);
         float places[n_quad][8];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -493,45 +540,12 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         }
         __syncwarp();
         block = next;
-        seen = next_seen;
         cells = next_cells;
-        next_seen = after_seen;
         next_cells = after_cells;
     }
     wait_for_copies();
-    // What the index does not cover yet: the newest cells, or much more after a prompt or a restored state. The warps share the
-    // cells of each such block, or the owner of the newest would be the last to end.
-    if (lane == 0) {
-        s.others[warp] = others;
-    }
-    if (__syncthreads_or(others != 0 ? 1 : 0) != 0) {
-#pragma unroll 1
-        for (int w = 0; w < kWarps; ++w) {
-            uint64_t left = s.others[w];
-            const int newest = last + warp - w;
-#pragma unroll 1
-            for (int n = 0; left != 0 && newest - n * stride >= 0; ++n) {
-                const int at = newest - n * stride;
-                const bool is_one = (left & 1) != 0;
-                left = left == 1 && n >= 63 ? left : left >> 1;
-                if (!is_one) {
-                    continue;
-                }
-                const uint64_t all = visible[at];
-                const uint64_t exact = all & ~indexed[at];
-                if (exact == 0) {
-                    continue;
-                }
-                with_type(p.keys.type,
-                          [&]<DType type>() { failed = add_exact<type>(p, group, at, exact, s, key_norm) || failed; });
-                const int64_t slot = first_slot + at;
-                const bool complete = all == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
-                if (threadIdx.x == 0 && complete && (exact & ~p.planes.not_finite[slot]) != 0 &&
-                    atomicExch(&p.queued[slot], 1) == 0) {
-                    p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
-                }
-            }
-        }
+    if (adds_others) {
+        failed = add_others(p, group, s, key_norm) || failed;
     }
     __syncwarp();  // what add_exact left in shared memory
 

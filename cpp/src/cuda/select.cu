@@ -14,6 +14,7 @@ constexpr int kAtOnce = 4;  // blocks to a warp: 8 lanes to each, 8 cells to a l
 
 struct Shared {
     int threshold[kMaxShared];
+    float edge[kBins];  // the weight at each bin's upper edge, but for upper_edge's last factor
     float dropped[kWarps][kMaxShared];
     float compensation[kWarps][kMaxShared];
     float value_norm[kWarps];
@@ -53,14 +54,13 @@ __device__ int threshold_of(const Problem & p, int group, int i, double & least)
     return __reduce_min_sync(~0u, first_kept);
 }
 
-// 4 bytes of 0 or 255 as 4 bits.
+// 4 bytes of 0 or 255 as 4 bits, and the other way round.
 __device__ __forceinline__ uint32_t as_bits(uint32_t bytes) { return (bytes & 0x08040201u) * 0x01010101u >> 24 & 0xfu; }
+__device__ __forceinline__ uint32_t as_bytes(uint32_t bits) { return ((bits & 0xfu) * 0x00204081u & 0x01010101u) * 0xffu; }
 
-// The weight at the upper edge of the bin in byte e of the word, but for upper_edge's last factor.
-template <int e> __device__ __forceinline__ float edge_of(uint32_t word) {
-    constexpr float kOctave = 1.0f / kBinsPerOctave;
-    const float number = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 | e));  // 2^23 + the bin
-    return exp2_fast(fmaf(number, kOctave, (1 - kReferenceBin) * kOctave - 0x1p23f * kOctave));
+// The weights at the upper edges of 4 bins.
+__device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
+    return (edge[bins & 0xffu] + edge[bins >> 8 & 0xffu]) + (edge[bins >> 16 & 0xffu] + edge[bins >> 24]);
 }
 
 // What a warp works on at once, 8 cells to a lane: lane / 8 is the block, lane % 8 the byte of its words.
@@ -121,6 +121,9 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     const Sight & sight = p.sight[p.row_of_group(group)];
     const bool all = !(p.epsilon > 0) || p.attend_all[group] != 0 || (p.spares_uniform && *p.uniform_of(group) > 0);
 
+    static_assert(kWarps * 32 == kBins);
+    const int bin = static_cast<int>(threadIdx.x);
+    s.edge[bin] = bin == kBins - 1 ? 0.0f : exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave));
     // The first cells are on their way while the thresholds are worked out.
     constexpr int kStride = kWarps * kAtOnce;
     int first = begin + warp * kAtOnce;
@@ -179,20 +182,15 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
             const uint32_t drops = seen & ~need;
             if (__any_sync(~0u, drops != 0)) {
                 float weight[n_most];
+                // The last bin, which nothing is dropped of, stands for what is not dropped.
+                const uint32_t kept_bytes[2] = {~as_bytes(drops), ~as_bytes(drops >> 4)};
                 value_norm = drops != 0 ? fmaxf(value_norm, cells.longest) : value_norm;
 #pragma unroll
                 for (int i = 0; i < n_most; ++i) {
                     weight[i] = 0;
                     if (i < n_query) {
-                        float most = 0;
-                        most += (drops & 0x01u) != 0 ? edge_of<0>(cells.bins[i].x) : 0.0f;
-                        most += (drops & 0x02u) != 0 ? edge_of<1>(cells.bins[i].x) : 0.0f;
-                        most += (drops & 0x04u) != 0 ? edge_of<2>(cells.bins[i].x) : 0.0f;
-                        most += (drops & 0x08u) != 0 ? edge_of<3>(cells.bins[i].x) : 0.0f;
-                        most += (drops & 0x10u) != 0 ? edge_of<0>(cells.bins[i].y) : 0.0f;
-                        most += (drops & 0x20u) != 0 ? edge_of<1>(cells.bins[i].y) : 0.0f;
-                        most += (drops & 0x40u) != 0 ? edge_of<2>(cells.bins[i].y) : 0.0f;
-                        most += (drops & 0x80u) != 0 ? edge_of<3>(cells.bins[i].y) : 0.0f;
+                        const float most =
+                            edges(s.edge, cells.bins[i].x | kept_bytes[0]) + edges(s.edge, cells.bins[i].y | kept_bytes[1]);
                         dropped[i] += most;
                         if (p.compensate) {
                             // The slack's middle, where the score most likely is.
@@ -322,6 +320,14 @@ template <int n_most> void launch(const Problem & p, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_select(const Problem & p, cudaStream_t stream) { p.n_shared <= 4 ? launch<4>(p, stream) : launch<8>(p, stream); }
+void launch_select(const Problem & p, cudaStream_t stream) {
+    switch (p.n_shared) {
+        case 1: return launch<1>(p, stream);
+        case 2: return launch<2>(p, stream);
+        case 3: return launch<3>(p, stream);
+        case 4: return launch<4>(p, stream);
+        default: return launch<8>(p, stream);
+    }
+}
 
 }  // namespace louver::cuda
