@@ -27,8 +27,10 @@ __device__ __forceinline__ double power_of_two(int exponent) {
     return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
 }
 
-// What the kernels before left of a query, by a warp: read at once, before it is needed.
+// What the kernels before left of a query, by a warp: everything is under way at once, and added up when it is needed.
 struct Left {
+    static constexpr int kAtOnce = 2;  // parts to a lane
+
     int threshold;
     int n_visible;
     bool gave_up;
@@ -43,7 +45,6 @@ struct Left {
     int scanned = 0;
 
     __device__ __forceinline__ Left(const Problem & p, int group, int i) {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
         const int query = group * p.n_shared + i;
         threshold = p.threshold[query];
         n_visible = p.sight[p.row_of_group(group)].n_visible;
@@ -52,26 +53,50 @@ struct Left {
         reference = p.reference[query];
         query_norm = p.query_norm[query];
         least = p.least[query];
-        if (threshold == kAttendAll) {
-            return;
+        add(p, group, i, 0);
+    }
+
+    // Parts [first, first + 32 * kAtOnce). Where there is none, another is read and not taken.
+    __device__ __forceinline__ void add(const Problem & p, int group, int i, int first) {
+        float parts[kAtOnce][4];
+        int counts[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int at = first + 32 * k + static_cast<int>(threadIdx.x) % 32;
+            const int64_t selected = static_cast<int64_t>(group) * p.n_select + min(at, p.n_select - 1);
+            const int of_scan = group * p.n_scan + min(at, p.n_scan - 1);
+            parts[k][0] = p.dropped[selected * p.n_shared + i];
+            parts[k][1] = p.compensation[selected * p.n_shared + i];
+            parts[k][2] = p.value_norm[selected];
+            parts[k][3] = p.key_norm[of_scan];
+            counts[k] = p.scanned[of_scan];
         }
-#pragma unroll 1
-        for (int part = lane; part < p.n_select; part += 32) {
-            const int64_t at = static_cast<int64_t>(group) * p.n_select + part;
-            dropped += static_cast<double>(p.dropped[at * p.n_shared + i]);
-            compensation += static_cast<double>(p.compensation[at * p.n_shared + i]);
-            value_norm = fmaxf(value_norm, p.value_norm[at]);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int at = first + 32 * k + static_cast<int>(threadIdx.x) % 32;
+            const bool selected = at < p.n_select;
+            dropped += selected ? static_cast<double>(parts[k][0]) : 0.0;
+            compensation += selected ? static_cast<double>(parts[k][1]) : 0.0;
+            value_norm = fmaxf(value_norm, selected ? parts[k][2] : 0.0f);
+            key_norm = fmaxf(key_norm, at < p.n_scan ? parts[k][3] : 0.0f);
+            scanned += at < p.n_scan ? counts[k] : 0;
         }
-#pragma unroll 1
-        for (int part = lane; part < p.n_scan; part += 32) {
-            key_norm = fmaxf(key_norm, p.key_norm[group * p.n_scan + part]);
-            scanned += p.scanned[group * p.n_scan + part];
+    }
+
+    __device__ __forceinline__ void end(const Problem & p, int group, int i) {
+        for (int first = 32 * kAtOnce; first < max(p.n_select, p.n_scan); first += 32 * kAtOnce) {
+            add(p, group, i, first);
         }
         dropped = sum_of_warp(dropped);
         compensation = sum_of_warp(compensation);
         key_norm = largest_of_warp(key_norm);
         value_norm = largest_of_warp(value_norm);
         scanned = __reduce_add_sync(~0u, scanned);
+        if (threshold == kAttendAll) {  // nothing was scanned, or not to the end
+            dropped = compensation = 0;
+            key_norm = value_norm = 0;
+            scanned = 0;
+        }
     }
 };
 
@@ -204,25 +229,22 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
         return PartialHead{of.x, of.y};
     };
     // Where there is no query, share or channel, another is read and not taken: no load waits for a branch.
+    Left left(p, group, min(warp, n_query - 1));
     float peak[n_most];
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
-        peak[i] = -infinity();
+        peak[i] = partial(min(lane, n_shares - 1), min(i, n_query - 1)).peak;
     }
-    for (int share = lane; share < n_shares; share += 32) {
+#pragma unroll 1
+    for (int share = lane + 32; share < n_shares; share += 32) {
 #pragma unroll
         for (int i = 0; i < n_most; ++i) {
             peak[i] = fmaxf(peak[i], partial(share, min(i, n_query - 1)).peak);
         }
     }
-    const Left left(p, group, min(warp, n_query - 1));
-    const bool all = left.threshold == kAttendAll;
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
         peak[i] = largest_of_warp(peak[i]);
-        if (!all) {
-            peak[i] = fmaxf(peak[i], -100.0f);  // so that what is dropped, relative to the reference, can be put into its unit
-        }
     }
 
     float4 sum[n_most][kQuads] = {};
@@ -265,6 +287,7 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
             }
         }
     }
+    left.end(p, group, min(warp, n_query - 1));
     float own_peak = 0;
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {

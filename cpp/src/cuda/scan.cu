@@ -403,6 +403,12 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const auto cells_of = [&](int at) { return at >= 0 ? visible[at] & indexed[at] : 0; };
     uint64_t cells = cells_of(block);
     uint64_t next_cells = cells_of(block - stride);
+    const auto fetch_quarter = [&](int r) {
+        if (cells != 0) {
+            fetch_codes(stage, p.planes, first_slot + block, r);
+        }
+        commit_copies();
+    };
     const auto stream = [&] {
         if (cells != 0) {
             fetch_grid(stage.grid[0], p.planes, first_slot + block);
@@ -411,13 +417,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
             fetch_grid(stage.grid[1], p.planes, first_slot + block - stride);
         }
         commit_copies();
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            if (cells != 0) {
-                fetch_codes(stage, p.planes, first_slot + block, r);
-            }
-            commit_copies();
-        }
+        fetch_quarter(0);
     };
     if (is_uniform || p.sight[row].plain == 0 || !begin(p, group, s, stream)) {
         if (threadIdx.x == 0 && !is_uniform) {
@@ -426,6 +426,11 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         wait_for_copies();
         return;
     }
+
+    // Not before: what begin() reads and writes would queue behind all this.
+    fetch_quarter(1);
+    fetch_quarter(2);
+    fetch_quarter(3);
 
     const int n_query = p.n_query_of(group);
     const float octave = 1.0f / kBinsPerOctave;
