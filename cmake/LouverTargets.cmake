@@ -50,7 +50,7 @@ if(LOUVER_CUDA)
   target_link_libraries(louver-ggml PRIVATE louver_cuda ggml-cuda)
   set(_tools "${CMAKE_CURRENT_SOURCE_DIR}/tools/cuda")
   louver_add_cuda_program(louver_cuda_bench "${_tools}/bench.cpp" "${_tools}/captured.cpp" "${_tools}/model_run.cpp"
-                          "${_tools}/phases.cpp")
+                          "${_tools}/phases.cpp" "${_tools}/random_ops.cpp")
   target_link_libraries(louver_cuda_bench PRIVATE louver-ggml llama ggml-cuda)
   target_include_directories(louver_cuda_bench SYSTEM PRIVATE
     "${LOUVER_LLAMA_CPP_DIR}/include" "${LOUVER_LLAMA_CPP_DIR}/ggml/include" "${LOUVER_LLAMA_CPP_DIR}/ggml/src")

@@ -16,12 +16,14 @@
 #include "captured.h"
 #include "model_run.h"
 #include "phases.h"
+#include "random_ops.h"
 
 namespace louver::bench {
 namespace {
 
 constexpr const char * kHelp =
     "louver_cuda_bench --model FILE --text FILE [options]\n"
+    "louver_cuda_bench --random N [--depth N] [--epsilon X]   our kernels alone, on N layers of random keys\n"
     "  --depth N         tokens in the cache (32768)\n"
     "  --window N        tokens to a text of its own, at most: what the model was trained for (7680)\n"
     "  --epsilon X       (0.05)\n"
@@ -36,11 +38,9 @@ Options parse(int argc, char ** argv) {
     Options options;
     const std::map<std::string, std::string *> texts = {
         {"--model", &options.model}, {"--text", &options.text}, {"--cache", &options.cache}, {"--logits", &options.logits}};
-    const std::map<std::string, int *> numbers = {{"--depth", &options.depth},
-                                                  {"--window", &options.window},
-                                                  {"--steps", &options.n_steps},
-                                                  {"--rounds", &options.n_rounds},
-                                                  {"--min-context", &options.min_context}};
+    const std::map<std::string, int *> numbers = {
+        {"--depth", &options.depth},     {"--window", &options.window},           {"--steps", &options.n_steps},
+        {"--rounds", &options.n_rounds}, {"--min-context", &options.min_context}, {"--random", &options.n_random}};
     for (int i = 1; i < argc; ++i) {
         const std::string name = argv[i];
         if (name == "--help" || name == "-h") {
@@ -68,8 +68,8 @@ Options parse(int argc, char ** argv) {
             throw std::runtime_error(name + " is not an option\n" + kHelp);
         }
     }
-    if (options.model.empty() || options.text.empty()) {
-        throw std::runtime_error(std::string("--model and --text are needed\n") + kHelp);
+    if (options.n_random == 0 && (options.model.empty() || options.text.empty())) {
+        throw std::runtime_error(std::string("--model and --text are needed, or --random\n") + kHelp);
     }
     return options;
 }
@@ -144,6 +144,7 @@ void measure_layers(ModelRun & model, const std::vector<CapturedOp> & ops, int64
 
 void print_phases(const Phases & phases, int64_t n_kv, double copy) {
     std::printf("phases of a layer, %lld keys:", static_cast<long long>(n_kv));
+    std::printf(" %.1f us in a graph of all layers;", phases.graph_microseconds);
     for (const auto & [name, microseconds] : phases.microseconds) {
         std::printf(" %s %.1f us", name.c_str(), microseconds);
     }
@@ -271,7 +272,22 @@ void measure_quality(ModelRun & model, const Options & options) {
     std::fflush(stdout);
 }
 
+void measure_phases(const std::vector<CapturedOp> & ops, const Options & options, double copy) {
+    for (int64_t n_kv = 4096; n_kv <= options.depth; n_kv *= 2) {
+        DecodeSettings settings;
+        settings.epsilon = options.epsilon;
+        if (2 * n_kv > options.depth) {  // what `ncu --profile-from-start off` sees
+            cudaProfilerStart();
+        }
+        print_phases(phases_of(ops, n_kv, settings, 4), n_kv, copy);
+    }
+    cudaProfilerStop();
+}
+
 void run(const Options & options) {
+    if (options.n_random > 0) {
+        return measure_phases(random_ops(options.n_random, options.depth), options, copy_bandwidth());
+    }
     attach();
     ModelRun model(options);
     std::printf("filled %d tokens as %d texts: a text takes %s s with louver, %s s without\n", options.depth, model.n_texts(),
@@ -290,15 +306,7 @@ void run(const Options & options) {
         for (int64_t n_kv = 4096; n_kv <= options.depth; n_kv *= 2) {
             measure_layers(model, ops, n_kv, options);
         }
-        for (int64_t n_kv = 4096; n_kv <= options.depth; n_kv *= 2) {
-            DecodeSettings settings;
-            settings.epsilon = options.epsilon;
-            if (2 * n_kv > options.depth) {  // what `ncu --profile-from-start off` sees
-                cudaProfilerStart();
-            }
-            print_phases(phases_of(ops, n_kv, settings, 4), n_kv, copy);
-        }
-        cudaProfilerStop();
+        measure_phases(ops, options, copy);
     }
 }
 

@@ -2,7 +2,7 @@
 # On a machine with a GPU: builds with CUDA, checks every kernel against float64, runs compute-sanitizer where there is one, and
 # times Louver beside stock. Its last lines are a table. All of it is kept in build/cuda/gpu.
 #
-#   tools/cuda/gpu.sh [MODEL.gguf]     the model is embedded in the shape of Llama-3.2-3B; without one nothing is timed
+#   tools/cuda/gpu.sh [MODEL.gguf]     the model is embedded in the shape of Llama-3.2-3B; without one only our own kernels are timed
 #
 # BUILD=DIR   programs that are there already are not built again (build/cuda)
 # TEXT=FILE   500 kB or more to fill the cache with (the manual and the docstrings of Python's standard library)
@@ -30,6 +30,9 @@ if command -v compute-sanitizer >/dev/null; then
     grep SUMMARY "$out/$tool.txt"
   done
 fi
+
+echo "==> our kernels alone, random keys"
+"$build/louver_cuda_bench" --random 12 --depth 131072 | tee "$out/random.txt"
 
 if [ $# -gt 0 ]; then
   echo "==> $1 in the shape of Llama-3.2-3B"

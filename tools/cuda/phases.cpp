@@ -17,7 +17,7 @@ class Event {
     ~Event() { cudaEventDestroy(event_); }
     Event(const Event &) = delete;
     Event & operator=(const Event &) = delete;
-    void record() { cuda::check(cudaEventRecord(event_), "cudaEventRecord"); }
+    void record(cudaStream_t stream = nullptr) { cuda::check(cudaEventRecord(event_, stream), "cudaEventRecord"); }
     double microseconds_since(const Event & before) const {
         float milliseconds = 0;
         cuda::check(cudaEventSynchronize(event_), "cudaEventSynchronize");
@@ -38,6 +38,38 @@ cuda::Plane plane_of(const ggml_tensor & view) {
     const DType type = view.type == GGML_TYPE_F16 ? DType::f16 : view.type == GGML_TYPE_BF16 ? DType::bf16 : DType::q8_0;
     return {static_cast<const std::byte *>(view.data), static_cast<int64_t>(view.nb[1]), static_cast<int64_t>(view.nb[2]),
             static_cast<int>(view.ne[0]), type};
+}
+
+// Of a layer.
+double graph_microseconds(cuda::Workspace & space, const std::vector<std::unique_ptr<cuda::CacheIndex>> & indexes,
+                          const std::vector<cuda::AttentionOp> & calls) {
+    cudaStream_t stream = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    cuda::check(cudaStreamCreate(&stream), "cudaStreamCreate");
+    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    for (size_t layer = 0; layer < calls.size(); ++layer) {
+        space.attend(*indexes[layer], calls[layer], stream);
+    }
+    cuda::check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+    cuda::check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+    std::vector<double> times;
+    constexpr int kRounds = 12;
+    for (int round = 0; round < kRounds; ++round) {
+        Event begin;
+        Event end;
+        begin.record(stream);
+        cuda::check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+        end.record(stream);
+        const double microseconds = end.microseconds_since(begin) / static_cast<double>(calls.size());
+        if (round >= 2) {
+            times.push_back(microseconds);
+        }
+    }
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+    return median(times);
 }
 
 }  // namespace
@@ -140,6 +172,8 @@ Phases phases_of(const std::vector<CapturedOp> & ops, int64_t n_kv, const Decode
     found.scan_bytes = static_cast<double>(all.group_scanned) * static_cast<double>(indexes[0]->bytes_per_cell()) / per_layer;
     found.survivors = static_cast<double>(all.group_attended) / static_cast<double>(all.group_visible);
     found.index_share = index / cache;
+    space.set_probe(nullptr, nullptr);
+    found.graph_microseconds = graph_microseconds(space, indexes, calls);
     return found;
 }
 

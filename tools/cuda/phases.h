@@ -12,6 +12,7 @@ namespace louver::bench {
 
 struct Phases {
     std::map<std::string, double> microseconds;  // of a layer: medians over layers and rounds
+    double graph_microseconds = 0;               // of a layer where nothing stands between kernels: a CUDA graph of all layers
     double scan_bytes = 0;                       // of a layer, codes and grids and what belongs to them
     double survivors = 0;                        // share of the (key, KV head) pairs
     double index_share = 0;                      // of the bytes of K and V
