@@ -240,6 +240,19 @@ void check_attention(Report & report, const Shape & shape, uint64_t seed, bool p
             report.expect(!settings.check || once == scene.output.get<std::byte>(), name + ": a second run gave other bits");
         }
     }
+    // Where thread blocks have least shared memory of all that is served.
+    space.limit_shared(99 * 1024);
+    for (const double epsilon : {0.05, 0.0}) {
+        DecodeSettings settings;
+        settings.epsilon = epsilon;
+        const AttentionOp op = scene.op(settings);
+        report.expect(space.fits(index, op), shape.name() + ": wants more than 99 KB of shared memory");
+        scene.output.poison();
+        run(space, index, op);
+        compare(report, scene, index, space, op, shape.name() + ", 99 KB, epsilon " + std::to_string(epsilon));
+    }
+    space.limit_shared(1024);
+    report.expect(!space.fits(index, scene.op({})), shape.name() + ": fits into 1 KB of shared memory");
     const cuda::Totals totals = index.totals();
     report.expect(totals.pairs > 0, shape.name() + ": the check compared nothing");
     report.expect(totals.misses == 0 && totals.bound_violations == 0 && totals.mass_violations == 0,

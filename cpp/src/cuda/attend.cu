@@ -15,7 +15,7 @@ struct Shared {
     PartialHead head[kAttendWarps][kMaxShared];
     double kept[kAttendWarps][kMaxShared];
     bool is_last;
-    // Behind it, [kAttendWarps] the workers' memory; and of ints
+    // Behind it, [Worker::kWarps] the workers' memory; and of ints
     // [n_group * n_select] survivors of each part of the lists,
     // [n_group] of each group,
     // [n_select + 1] before each part of this group's list, and [n_select] where the part lies, less that.
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     }
     Shared & s = *reinterpret_cast<Shared *>(memory);
     std::byte * regions = memory + kSharedBytes;
-    int * parts = reinterpret_cast<int *>(regions + kAttendWarps * Worker::kBytes);
+    int * parts = reinterpret_cast<int *>(regions + Worker::kWarps * Worker::kBytes);
     int * groups = parts + p.n_group * p.n_select;
     int * before = groups + p.n_group;
     int * place = before + p.n_select + 1;
@@ -165,7 +165,10 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
             sum += __reduce_add_sync(~0u, n);
         }
     }
-    worker.begin(group);
+    const bool works = warp < Worker::kWarps;
+    if (works) {
+        worker.begin(group);
+    }
     __syncthreads();
     const int32_t * list = p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells;
     const auto cell_of = [&](int rank) {
@@ -181,13 +184,17 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     const std::byte * mask = p.sight[row].plain != 0 || p.mask.data == nullptr
                                  ? nullptr
                                  : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
-    const int length = share.end - share.begin;
-    worker.run(p.first_row(group), p.kv_head_of(group), share.begin + length * warp / kAttendWarps,
-               share.begin + length * (warp + 1) / kAttendWarps, mask, cell_of);
     const int n_query = p.n_query_of(group);
     float * outputs = reinterpret_cast<float *>(regions);
     constexpr size_t kStride = Worker::kBytes / sizeof(float);
-    worker.end(s.head[warp], outputs + static_cast<size_t>(warp) * kStride, n_query);
+    if (works) {
+        const int length = share.end - share.begin;
+        worker.run(p.first_row(group), p.kv_head_of(group), share.begin + length * warp / Worker::kWarps,
+                   share.begin + length * (warp + 1) / Worker::kWarps, mask, cell_of);
+        worker.end(s.head[warp], outputs + static_cast<size_t>(warp) * kStride, n_query);
+    } else if (lane < n_query) {
+        s.head[warp][lane] = {-infinity(), 0};
+    }
     __syncthreads();
     merge<n_channels>(p, share, s, outputs, kStride, n_query, p.threshold[group * p.n_shared] == kAttendAll);
     __syncthreads();
@@ -205,38 +212,65 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     }
 }
 
-template <class Worker, DType type, int n_channels, int n_most> void launch(const Problem & p, cudaStream_t stream) {
+template <class Worker, int n_channels, int n_most> size_t bytes_of(const Problem & p) {
+    constexpr size_t kRegions = Worker::kWarps * Worker::kBytes;
+    static_assert(kRegions >= sizeof(float) * kAttendWarps * n_most * n_channels);  // where a group is put together in the end
     const size_t ints = static_cast<size_t>(p.n_group * p.n_select + p.n_group + 2 * p.n_select + 1);
-    // The workers' memory is where the group is put together in the end.
-    static_assert(Worker::kBytes >= sizeof(float) * n_most * n_channels);
-    const size_t bytes = std::max(kSharedBytes + kAttendWarps * Worker::kBytes + ints * sizeof(int), sizeof(EncodeShared));
-    const int n_blocks = p.n_attend + kEncoders;
-    launch_kernel(attend<Worker, type, n_channels, n_most>,
-                  {dim3(static_cast<unsigned>(n_blocks)), kAttendWarps * 32, bytes, p.overlaps}, stream, p);
+    return std::max(kSharedBytes + kRegions + ints * sizeof(int), sizeof(EncodeShared));
 }
 
-template <DType type, int n_channels> void launch(const Problem & p, cudaStream_t stream) {
+// f.template operator()<Worker, type, n_channels, n_most>(), whose bytes of shared memory the device has if there is such a
+// worker.
+template <DType type, int n_channels, class F> void with_worker(const Problem & p, F && f) {
     if constexpr (on_tensor_cores(type)) {
-        using Worker = Tiles<type, n_channels>;
-        return p.n_shared <= 4 ? launch<Worker, type, n_channels, 4>(p, stream) : launch<Worker, type, n_channels, 8>(p, stream);
+        using Small = Tiles<type, n_channels, n_channels <= 64 ? 32 : 16, n_channels <= 128 ? 8 : 4>;
+        using Large = Tiles<type, n_channels, n_channels <= 128 ? 32 : 16, 8>;
+        const auto with = [&]<int n_most>() {
+            if (bytes_of<Large, n_channels, n_most>(p) <= p.most_shared) {
+                f.template operator()<Large, type, n_channels, n_most>();
+            } else {
+                f.template operator()<Small, type, n_channels, n_most>();
+            }
+        };
+        p.n_shared <= 4 ? with.template operator()<4>() : with.template operator()<8>();
     } else {
+        const auto with = [&]<int n_most>() {
+            f.template operator()<Rows<type, n_channels, n_most>, type, n_channels, n_most>();
+        };
         switch (p.n_shared) {
-            case 1: return launch<Rows<type, n_channels, 1>, type, n_channels, 1>(p, stream);
-            case 2: return launch<Rows<type, n_channels, 2>, type, n_channels, 2>(p, stream);
-            case 3: return launch<Rows<type, n_channels, 3>, type, n_channels, 3>(p, stream);
-            case 4: return launch<Rows<type, n_channels, 4>, type, n_channels, 4>(p, stream);
-            default: return launch<Rows<type, n_channels, 8>, type, n_channels, 8>(p, stream);
+            case 1: return with.template operator()<1>();
+            case 2: return with.template operator()<2>();
+            case 3: return with.template operator()<3>();
+            case 4: return with.template operator()<4>();
+            default: return with.template operator()<8>();
         }
     }
 }
 
-}  // namespace
-
-void launch_attend(const Problem & p, cudaStream_t stream) {
+template <class F> void with_worker(const Problem & p, F && f) {
     const int dim = max(p.keys.dim, p.values.dim);
     with_type(p.keys.type, [&]<DType type>() {
-        dim <= 64 ? launch<type, 64>(p, stream) : dim <= 128 ? launch<type, 128>(p, stream) : launch<type, 256>(p, stream);
+        dim <= 64 ? with_worker<type, 64>(p, f) : dim <= 128 ? with_worker<type, 128>(p, f) : with_worker<type, 256>(p, f);
     });
 }
+
+}  // namespace
+
+size_t attend_bytes(const Problem & p) {
+    size_t bytes = 0;
+    with_worker(p,
+                [&]<class Worker, DType type, int n_channels, int n_most>() { bytes = bytes_of<Worker, n_channels, n_most>(p); });
+    return bytes;
+}
+
+void launch_attend(const Problem & p, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(p.n_attend + kEncoders));
+    with_worker(p, [&]<class Worker, DType type, int n_channels, int n_most>() {
+        launch_kernel(attend<Worker, type, n_channels, n_most>,
+                      {grid, kAttendWarps * 32, bytes_of<Worker, n_channels, n_most>(p), p.overlaps}, stream, p);
+    });
+}
+
+bool fits(const Problem & p) { return std::max({scan_bytes(p), select_bytes(p), attend_bytes(p)}) <= p.most_shared; }
 
 }  // namespace louver::cuda

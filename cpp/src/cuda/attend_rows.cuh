@@ -41,6 +41,7 @@ __device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
 
 // n_most: queries to a group.
 template <DType type, int n_channels, int n_most> struct Rows {
+    static constexpr int kWarps = 8;
     static constexpr int width = n_channels / 8;  // lanes to a row
     // Rows in flight: as many as the registers hold.
     static constexpr int kAhead = 4;

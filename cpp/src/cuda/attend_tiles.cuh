@@ -50,13 +50,15 @@ template <> struct Split<DType::bf16> {
     }
 };
 
-template <DType type, int n_channels> struct Tiles {
-    static constexpr int kKeys = n_channels <= 128 ? 32 : 16;  // to a chunk
-    static constexpr int kPitch = 2 * n_channels + 16;         // so that 8 rows are in different banks
+// n_keys: to a chunk; n_warps: of a thread block that work.
+template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
+    static constexpr int kKeys = n_keys;
+    static constexpr int kWarps = n_warps;
+    static constexpr int kPitch = 2 * n_channels + 16;  // so that 8 rows are in different banks
     static constexpr int kSteps = n_channels / 16;
     static constexpr int kBlocksPerProcessor = 1;
     static constexpr size_t kBytes = size_t{2} * kKeys * kPitch;
-    static_assert(kBytes >= sizeof(float) * kMaxShared * n_channels);
+    static_assert(kKeys % 16 == 0 && kKeys <= 32 && kBytes >= sizeof(float) * kMaxShared * n_channels);
     static constexpr float kUnit = Split<type>::kUnit;
     static constexpr int kExtra = Split<type>::kParts > 2 ? kSteps : 1;
 

@@ -202,6 +202,7 @@ struct Workspace::Storage {
 
 Workspace::Workspace(int device) : device_(device), storage_(std::make_unique<Storage>()) {
     check(cudaDeviceGetAttribute(&n_processors_, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    most_shared_ = most_shared_of(device);
     check(cudaDeviceGetAttribute(&compute_major_, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
 }
 
@@ -222,17 +223,6 @@ struct Groups {
 Groups groups_of(int n_gqa) {
     const int n_part = (n_gqa + kMaxShared - 1) / kMaxShared;
     return {n_part, (n_gqa + n_part - 1) / n_part};
-}
-
-// Thread blocks of each kind, so that the device is full once.
-struct Grids {
-    int n_scan;
-    int n_select;
-};
-Grids grids_of(int n_processors, int n_group, int n_blocks) {
-    const int full = 2 * n_processors;
-    const int most = std::max(1, (n_blocks + 7) / 8);  // a block to each of 8 warps
-    return {std::clamp(full / n_group, 1, most + 1), std::clamp(full / n_group, 1, most)};
 }
 
 }  // namespace
@@ -312,10 +302,8 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.check = op.settings.check;
     p.overlaps = compute_major_ >= 9;
     p.spares_uniform = !op.settings.check && op.settings.epsilon > 0;
-    const Grids grids = grids_of(n_processors_, p.n_group, p.n_blocks);
-    p.n_scan = grids.n_scan;
-    p.share_select(grids.n_select);
-    p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
+    p.share_out(n_processors_);
+    p.most_shared = most_shared_;
 
     Parts parts(s.memory.as<std::byte>());
     s.lay_zeros(parts, p);
@@ -386,6 +374,8 @@ void Workspace::attend(const CacheIndex & index, const AttentionOp & op, void * 
     launch_attend(p, as_stream(stream));
     mark(nullptr);
 }
+
+bool Workspace::fits(const CacheIndex & index, const AttentionOp & op) { return cuda::fits(problem(index, op)); }
 
 void Workspace::repair(const CacheIndex & index, const AttentionOp & op, void * stream) {
     launch_repair(problem(index, op), as_stream(stream));

@@ -1,6 +1,7 @@
 // One cache's index on a device, and attention over it. No CUDA types: the adapter to ggml is plain C++.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -131,6 +132,12 @@ class Workspace {
         probe_context_ = context;
     }
 
+    // Whether the device has the shared memory that the op's kernels want. Room has been made for the op.
+    bool fits(const CacheIndex & index, const AttentionOp & op);
+
+    // For tests: as on a device where a thread block has no more shared memory than this.
+    void limit_shared(size_t bytes) { most_shared_ = std::min(most_shared_, bytes); }
+
     // For tests: fills what no op may rely on with 0xff. see() comes next.
     void poison();
 
@@ -149,6 +156,7 @@ class Workspace {
     int device_;
     int n_processors_;
     int compute_major_;
+    size_t most_shared_;
     int64_t generation_ = 0;
     std::unique_ptr<Storage> storage_;
     Probe probe_ = nullptr;

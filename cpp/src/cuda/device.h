@@ -36,6 +36,13 @@ class OnDevice {
     int before_ = 0;
 };
 
+// Bytes of shared memory that a thread block may have: 99 KB to 227 KB.
+inline size_t most_shared_of(int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return static_cast<size_t>(bytes);
+}
+
 // Device memory of the current device, filled with zeros.
 class Memory {
   public:

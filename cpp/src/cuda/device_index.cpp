@@ -29,8 +29,6 @@ constexpr int kMostGroups = 512;
 // Of the index: lists of survivors count in int32.
 constexpr int64_t kMostCells = int64_t{1} << 30;
 constexpr int kMostHeads = 4096;
-// Blocks of a select thread block's share: they have to fit into its shared memory.
-constexpr int kMostShare = 1024;
 
 Plane plane_of(const StridedKeys & keys) { return {keys.base, keys.row_stride, keys.head_stride, keys.dim, keys.type}; }
 
@@ -95,6 +93,7 @@ DeviceIndex::DeviceIndex(int device, const StridedKeys & keys, std::shared_ptr<c
                 " keys, accepted on a device are 4096 heads and 2^30 keys of all heads at most");
     const OnDevice on(device);
     check(cudaDeviceGetAttribute(&n_processors_, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    most_shared_ = most_shared_of(device);
     Plane no_values;
     no_values.type = keys.type;
     cache_ = std::make_unique<CacheIndex>(device, plane_of(keys), no_values, 1, keys.n_head_kv, keys.n, 1);
@@ -176,11 +175,8 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     p.planes = cache_->planes();
     p.planes.value_dim = values.dim;
     p.certified = true;
-    const int full = 2 * n_processors_;
-    const int share = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8));
-    p.n_scan = std::clamp(full / p.n_group, 1, std::max(1, (p.n_blocks + 7) / 8) + 1);
-    p.share_select(std::max(share, (p.n_blocks + kMostShare - 1) / kMostShare));
-    p.n_attend = attending_blocks(p.keys.type, n_processors_, p.n_group);
+    p.share_out(n_processors_);
+    p.most_shared = most_shared_;
     p.visible_stride = p.n_blocks + 1;
 
     const size_t g = static_cast<size_t>(p.n_group);
@@ -404,6 +400,8 @@ DeviceAttention DeviceIndex::attend(std::span<const float> queries, const Stride
     for (int64_t first = 0; first < n_gqa; first += most) {
         const int n = static_cast<int>(std::min<int64_t>(most, n_gqa - first));
         Op op = lay_out(n, plane_of(values));
+        require(fits(op.p), "attention over " + std::to_string(keys_.n) + " keys of " + std::to_string(n) +
+                                " queries to a head wants more shared memory than the device has");
         Problem & p = op.p;
         p.to_log2 = static_cast<float>(scale * 1.4426950408889634);
         p.epsilon = static_cast<float>(epsilon);

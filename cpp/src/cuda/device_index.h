@@ -73,6 +73,7 @@ class DeviceIndex {
     const std::shared_ptr<const void> owner_;
     std::unique_ptr<CacheIndex> cache_;
     int n_processors_ = 0;
+    size_t most_shared_ = 0;
     double key_norm_ = 0;       // the longest of the keys that are indexed
     Memory everywhere_;         // [n_blocks] the positions that are indexed in every head, as bits
     int64_t n_everywhere_ = 0;  // their number

@@ -2,6 +2,7 @@
 // addresses, so that a captured CUDA graph stays valid.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/planes.h"
@@ -24,14 +25,11 @@ inline constexpr int kProbesFirst = 4;
 inline constexpr int kProbesLast = 12;
 inline constexpr int kProbes = kProbesFirst + kProbesLast;
 
+// Blocks that a thread block of select has at most: its shared memory holds something of each.
+inline constexpr int kMostShare = 1024;
+
 // Caches whose rows are attended to on the tensor cores.
 constexpr bool on_tensor_cores(DType type) { return type == DType::f16 || type == DType::bf16; }
-
-// Thread blocks that attend all groups together: they fill the device once, and every group has one.
-constexpr int attending_blocks(DType type, int n_processors, int n_group) {
-    const int full = (on_tensor_cores(type) ? 1 : 2) * n_processors;
-    return full > 2 * n_group ? full : 2 * n_group;
-}
 
 // What a query token sees, worked out once for all layers that share the mask.
 struct Sight {
@@ -130,6 +128,7 @@ struct Problem {
     bool certified;
     bool compensate;
     bool check;
+    size_t most_shared;   // bytes of shared memory that a thread block may have
     bool overlaps;        // the device can launch dependent kernels early
     bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
 
@@ -214,10 +213,16 @@ struct Problem {
     LOUVER_BOTH int select_begin(int split) const {
         return split * select_length + (split < n_select_longer ? split : n_select_longer);
     }
-    void share_select(int n) {
-        n_select = n;
-        select_length = n_blocks / n;
-        n_select_longer = n_blocks % n;
+
+    // Grids that fill a device of so many processors once, if there is as much to do.
+    void share_out(int n_processors) {
+        const int share = 2 * n_processors / n_group;
+        const int most = (n_blocks + 7) / 8;  // a block to each of 8 warps
+        n_scan = std::clamp(share, 1, most + 1);
+        n_select = std::max(std::clamp(share, 1, std::max(most, 1)), (n_blocks + kMostShare - 1) / kMostShare);
+        select_length = n_blocks / n_select;
+        n_select_longer = n_blocks % n_select;
+        n_attend = std::max((on_tensor_cores(keys.type) ? 1 : 2) * n_processors, 2 * n_group);
     }
 };
 

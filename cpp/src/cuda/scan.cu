@@ -134,14 +134,15 @@ template <class Stream> __device__ __forceinline__ bool begin(const Problem & p,
     return s.failed == 0;
 }
 
-// What a warp has of the index: the codes of one block, the grids of that and the next. They are on their way into shared memory
-// while the warp works on what it has; what a lane reads of the codes it copied itself.
+// What a warp has of the index: quarters of a block's codes, a ring; the grids of that block and the next. They are on their way
+// into shared memory while the warp works on what it has; what a lane reads of the codes it copied itself.
 template <int n_tiles> struct Grid {
     uint4 steps[8 * n_tiles];  // centres, then steps, in the order of grid_position
     float bounds[8];           // BlockBounds
 };
 template <int n_tiles> struct Stage {
-    uint4 codes[4 * n_tiles][32];
+    static constexpr int kQuarters = n_tiles <= 4 ? 4 : 2;  // of a block, under way or here
+    uint4 codes[kQuarters * n_tiles][32];
     Grid<n_tiles> grid[2];
 };
 
@@ -149,10 +150,10 @@ template <int n_tiles> struct Stage {
 template <int n_tiles>
 __device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Planes & planes, int64_t slot, int quarter) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint4 * codes = reinterpret_cast<const uint4 *>(planes.codes_of(slot)) + lane;
+    const uint4 * codes = reinterpret_cast<const uint4 *>(planes.codes_of(slot)) + quarter * n_tiles * 32 + lane;
 #pragma unroll
-    for (int k = quarter * n_tiles; k < (quarter + 1) * n_tiles; ++k) {
-        copy_async<16>(&stage.codes[k][lane], codes + k * 32);
+    for (int t = 0; t < n_tiles; ++t) {
+        copy_async<16>(&stage.codes[quarter % Stage<n_tiles>::kQuarters * n_tiles + t][lane], codes + t * 32);
     }
 }
 
@@ -427,10 +428,11 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         return;
     }
 
-    // Not before: what begin() reads and writes would queue behind all this.
-    fetch_quarter(1);
-    fetch_quarter(2);
-    fetch_quarter(3);
+    constexpr int kQuarters = Stage<n_tiles>::kQuarters;
+#pragma unroll
+    for (int r = 1; r < kQuarters; ++r) {  // not before: what begin() reads and writes would queue behind them
+        fetch_quarter(r);
+    }
 
     const int n_query = p.n_query_of(group);
     const float octave = 1.0f / kBinsPerOctave;
@@ -465,7 +467,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
             to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], grid, p.planes.key_dim, p.to_log2, p.certified, levels[z]);
         }
     };
-    wait_for_copies<4>();  // the grids
+    wait_for_copies<kQuarters>();  // the grids
     __syncwarp();
     if (cells != 0) {
         prepare(stage.grid[0]);
@@ -478,12 +480,12 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         float places[n_quad][8];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            wait_for_copies<3>();  // the oldest batch: this quarter
+            wait_for_copies<kQuarters - 1>();  // the oldest batch: this quarter
             if (cells != 0) {
                 int sum[n_quad][4] = {};
 #pragma unroll
                 for (int t = 0; t < n_tiles; ++t) {
-                    const uint4 codes = stage.codes[r * n_tiles + t][lane];
+                    const uint4 codes = stage.codes[r % kQuarters * n_tiles + t][lane];
 #pragma unroll
                     for (int z = 0; z < n_quad; ++z) {
                         multiply_add(sum[z], codes, levels[z][t]);
@@ -495,8 +497,9 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                     places[z][2 * r + 1] = static_cast<float>(256 * sum[z][2] + sum[z][3]);
                 }
             }
-            if (next_cells != 0) {
-                fetch_codes(stage, p.planes, first_slot + next, r);
+            const bool is_of_next = r + kQuarters >= 4;
+            if ((is_of_next ? next_cells : cells) != 0) {
+                fetch_codes(stage, p.planes, first_slot + (is_of_next ? next : block), (r + kQuarters) % 4);
             }
             if (r == 0 && after_cells != 0) {
                 fetch_grid(stage.grid[current], p.planes, first_slot + next - stride);
@@ -601,26 +604,31 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     }
 }
 
-template <int n_tiles, int n_quad> void launch(const Problem & p, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(p.n_scan), static_cast<unsigned>(p.n_group));
-    constexpr size_t kBytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles>);
-    const auto kernel = scan<n_tiles, n_quad>;
-    launch_kernel(kernel, {grid, kWarps * 32, kBytes}, stream, p);
-}
-
-template <int n_tiles> void launch(const Problem & p, cudaStream_t stream) {
-    p.n_shared <= kQuad ? launch<n_tiles, 1>(p, stream) : launch<n_tiles, 2>(p, stream);
+// f.template operator()<n_tiles>()
+template <class F> void with_tiles(const Problem & p, F && f) {
+    switch (p.planes.n_tiles) {
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<3>();
+        case 4: return f.template operator()<4>();
+        default: return f.template operator()<8>();
+    }
 }
 
 }  // namespace
 
+size_t scan_bytes(const Problem & p) {
+    size_t bytes = 0;
+    with_tiles(p, [&]<int n_tiles>() { bytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles>); });
+    return bytes;
+}
+
 void launch_scan(const Problem & p, cudaStream_t stream) {
-    switch (p.planes.n_tiles) {
-        case 2: return launch<2>(p, stream);
-        case 3: return launch<3>(p, stream);
-        case 4: return launch<4>(p, stream);
-        default: return launch<8>(p, stream);
-    }
+    const dim3 grid(static_cast<unsigned>(p.n_scan), static_cast<unsigned>(p.n_group));
+    with_tiles(p, [&]<int n_tiles>() {
+        const Launch launch{grid, kWarps * 32, scan_bytes(p)};
+        p.n_shared <= kQuad ? launch_kernel(scan<n_tiles, 1>, launch, stream, p)
+                            : launch_kernel(scan<n_tiles, 2>, launch, stream, p);
+    });
 }
 
 }  // namespace louver::cuda

@@ -306,28 +306,35 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
     }
 }
 
-template <int n_most> void launch(const Problem & p, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(p.n_select), static_cast<unsigned>(p.n_group));
-    const auto run = [&](auto kernel, size_t n_pairs) {
-        const size_t bytes = kSharedBytes + kWarps * n_most * 64 * n_pairs * sizeof(float) +
-                             static_cast<size_t>((p.n_blocks + p.n_select - 1) / p.n_select) * kBytesPerBlock;
-        launch_kernel(kernel, {grid, kWarps * 32, bytes, p.overlaps}, stream, p);
+// f.template operator()<n_most, n_pairs>()
+template <class F> void with_shape(const Problem & p, F && f) {
+    const auto with = [&]<int n_most>() {
+        p.planes.value_dim <= 64    ? f.template operator()<n_most, 1>()
+        : p.planes.value_dim <= 128 ? f.template operator()<n_most, 2>()
+                                    : f.template operator()<n_most, 4>();
     };
-    p.planes.value_dim <= 64    ? run(select<n_most, 1>, 1)
-    : p.planes.value_dim <= 128 ? run(select<n_most, 2>, 2)
-                                : run(select<n_most, 4>, 4);
+    switch (p.n_shared) {
+        case 1: return with.template operator()<1>();
+        case 2: return with.template operator()<2>();
+        case 3: return with.template operator()<3>();
+        case 4: return with.template operator()<4>();
+        default: return with.template operator()<8>();
+    }
 }
 
 }  // namespace
 
+size_t select_bytes(const Problem & p) {
+    size_t bytes = kSharedBytes + static_cast<size_t>((p.n_blocks + p.n_select - 1) / p.n_select) * kBytesPerBlock;
+    with_shape(p, [&]<int n_most, int n_pairs>() { bytes += kWarps * n_most * 64 * n_pairs * sizeof(float); });
+    return bytes;
+}
+
 void launch_select(const Problem & p, cudaStream_t stream) {
-    switch (p.n_shared) {
-        case 1: return launch<1>(p, stream);
-        case 2: return launch<2>(p, stream);
-        case 3: return launch<3>(p, stream);
-        case 4: return launch<4>(p, stream);
-        default: return launch<8>(p, stream);
-    }
+    const dim3 grid(static_cast<unsigned>(p.n_select), static_cast<unsigned>(p.n_group));
+    with_shape(p, [&]<int n_most, int n_pairs>() {
+        launch_kernel(select<n_most, n_pairs>, {grid, kWarps * 32, select_bytes(p), p.overlaps}, stream, p);
+    });
 }
 
 }  // namespace louver::cuda

@@ -212,6 +212,7 @@ class Engine {
             cudaGetLastError();
             return stock(Reason::device_memory);
         }
+        if (!prefill && !space.fits(action.cache->index, op)) return stock(Reason::device);
         if (prefill) {
             // Brings the index up to date with what the last token sees.
             if (op.mask.data != nullptr) {

@@ -172,9 +172,17 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int) {
     *properties = {};
     return cudaSuccess;
 }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr which, int) {
-    *value = which == cudaDevAttrMultiProcessorCount ? cudaDeviceProp{}.multiProcessorCount : cudaDeviceProp{}.major;
+    switch (which) {
+        case cudaDevAttrMultiProcessorCount: *value = cudaDeviceProp{}.multiProcessorCount; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = cudaDeviceProp{}.major; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 * 1024; break;
+    }
     return cudaSuccess;
 }
 
