@@ -48,8 +48,9 @@ LEFT_TO_STOCK_ON_A_GPU = {
     "cache_type": "any other type of cache",
     "head_dim": "any other head dim",
     "layout": "tensors that do not lie as llama.cpp's KV cache does on the GPU that attends",
-    "device": "a GPU of a compute capability below 8.0",
+    "device": "a GPU of a compute capability below 8.0, or without the shared memory for as many sequences and cells",
     "device_memory": "the index does not fit into what is left of the GPU's memory",
+    "host_cache": "the cache is in host memory (offload_kqv=False), and llama.cpp copies it to the GPU for stock",
 }
 
 

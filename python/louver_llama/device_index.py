@@ -329,6 +329,7 @@ def _converter(given: Any) -> Converter | None:
 def _to_jax(result: DeviceArray) -> Any:
     jax = import_module("jax")
     # Or else int64 becomes int32, and float64 float32, without a word.
-    wide = getattr(jax, "enable_x64", None) or import_module("jax.experimental").enable_x64
+    newer = hasattr(jax, "enable_x64")  # and not a bool: that of a context manager is an error
+    wide = jax.enable_x64 if newer else import_module("jax.experimental").enable_x64
     with wide(True):
         return jax.numpy.from_dlpack(result)

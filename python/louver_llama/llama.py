@@ -46,7 +46,7 @@ class Llama(llama_cpp.Llama):
         flash_attn: False is accepted with ``LouverConfig(enabled=False)`` only.
         n_ctx: cells of the context, rounded up to a multiple of 256 as llama.cpp does; 0 for the model's own.
         n_gpu_layers: how many layers go to the GPU with their cache, -1 for all. Louver attends where the cache
-            is: with ``offload_kqv=False`` it stays in host memory, and the CPU attends.
+            is. With ``offload_kqv=False`` it stays in host memory; llama.cpp copies it to the GPU for stock's attention.
         kwargs: all else that llama_cpp.Llama takes, as split_mode, main_gpu and tensor_split for several GPUs.
 
         Warns (RuntimeWarning) where ``n_gpu_layers`` asks for a GPU and none can be used: llama.cpp then runs the

@@ -52,7 +52,7 @@ LOUVER_API void attach();
 struct RuntimeConfig {
     DecodeSettings decode;
     int64_t min_context = 1024;       // with fewer visible cells, our own dense attention runs
-    int64_t min_context_gpu = 98304;  // with fewer cells in use, stock runs on a GPU
+    int64_t min_context_gpu = 40960;  // with fewer cells in use, stock runs on a GPU
     bool enabled = true;
     int64_t n_ctx = 0;  // cells per stream of the context's full cache; smaller caches are sliding windows. 0: unknown
 };
@@ -78,8 +78,9 @@ enum class Reason {
     not_finite,
     epsilon_zero,
     head_dim,       // no CUDA kernels for it
-    device,         // its compute capability is below 8.0
+    device,         // its compute capability is below 8.0, or it has not the shared memory for an op of this size
     device_memory,  // the index does not fit
+    host_cache,     // the cache is in host memory, and ggml copies what the GPU attends to
     count,
 };
 LOUVER_API const char * reason_name(Reason reason);

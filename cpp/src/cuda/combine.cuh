@@ -191,13 +191,13 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
     atomicAdd(&totals.group_visible, static_cast<unsigned long long>(certificate.n_visible));
     atomicAdd(&totals.group_scanned, static_cast<unsigned long long>(left.scanned));
     atomicAdd(&totals.group_attended, static_cast<unsigned long long>(certificate.n_attended));
+    if (p.gave_up != nullptr) {
+        p.gave_up[group] = left.gave_up ? 1 : 0;
+    }
     if (!(p.epsilon > 0)) {
         return;
     }
     const unsigned long long n_query = static_cast<unsigned long long>(p.n_query_of(group));
-    if (p.gave_up != nullptr) {
-        p.gave_up[group] = left.gave_up ? 1 : 0;
-    }
     if (left.gave_up) {
         atomicAdd(p.sight[row].plain != 0 ? &totals.not_finite : &totals.not_plain, n_query);
         p.attend_all[group] = 0;

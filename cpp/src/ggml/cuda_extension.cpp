@@ -39,6 +39,7 @@ struct Graph {
     int64_t changes = -1;
     int64_t workspace_generation = -1;
     std::vector<Action> actions;
+    bool has_no_owner = false;  // an attention op of it counts for nobody
 };
 
 // The graph that this thread launches the nodes of.
@@ -67,7 +68,8 @@ class Engine {
         const auto found = graphs_.find(key(device, graph));
         // With the workspace it was launched with; another stream's is not known before the launch.
         return found == graphs_.end() || found->second->changes != changes().load() ||
-               found->second->workspace_generation != generation_;
+               found->second->workspace_generation != generation_ ||
+               (found->second->has_no_owner && Runtime::current() != nullptr);
     }
 
     void compute(int device, void * stream, const ggml_cgraph * graph, bool replayed) {
@@ -92,11 +94,16 @@ class Engine {
         AttentionView view{};
         const Reason unread = view.read(op);
         Runtime * owner = view.owner();
-        if (owner == nullptr || evaluation.graph == nullptr) {
+        if (evaluation.graph == nullptr) {
+            return false;
+        }
+        if (owner == nullptr) {
+            evaluation.graph->has_no_owner = true;  // until a runtime finds it
             return false;
         }
         const std::lock_guard lock(mutex_);
-        Action action{owner, nullptr, unread, view.n_query(), {}};
+        const bool is_copy = unread == Reason::layout && view.k_cache == nullptr;  // for this op, by ggml's scheduler
+        Action action{owner, nullptr, is_copy ? Reason::host_cache : unread, view.n_query(), {}};
         if (unread == Reason::none) {
             action = decide(device, stream, view, owner);
         }

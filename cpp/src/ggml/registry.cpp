@@ -96,6 +96,7 @@ void Registry::forget(const Runtime * owner) {
     for (Cache * cache : found) {
         erase(cache);
     }
+    ++changes();  // whatever counts for it, with or without a cache
     set_limits();
 }
 

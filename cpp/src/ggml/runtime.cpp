@@ -13,10 +13,10 @@ thread_local std::vector<Runtime *> scopes;
 
 const char * reason_name(Reason reason) {
     static constexpr const char * kNames[] = {
-        "none",         "prefill",     "disabled",   "below_min_context", "sliding_window", "alibi",
-        "soft_cap",     "sinks",       "mla",        "n_kv_max",          "mask_values",    "cache_type",
-        "layout",       "work_buffer", "not_finite", "epsilon_zero",      "head_dim",       "device",
-        "device_memory"};
+        "none",          "prefill",     "disabled",   "below_min_context", "sliding_window", "alibi",
+        "soft_cap",      "sinks",       "mla",        "n_kv_max",          "mask_values",    "cache_type",
+        "layout",        "work_buffer", "not_finite", "epsilon_zero",      "head_dim",       "device",
+        "device_memory", "host_cache"};
     static_assert(std::size(kNames) == static_cast<size_t>(Reason::count));
     return kNames[static_cast<size_t>(reason)];
 }
