@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
         return;
     }
     const int group = share.group;
-    if (share.first ==
-        static_cast<int>(blockIdx.x)) {  // select is through with them, and a scan that was given up has counted too
+    // Cleared for the next step: select is through with them, and a scan that was given up has counted too.
+    if (share.first == static_cast<int>(blockIdx.x)) {
         for (int k = static_cast<int>(threadIdx.x); k < p.n_shared * kBins; k += kAttendWarps * 32) {
             p.histogram[static_cast<int64_t>(group) * p.n_shared * kBins + k] = 0;
         }
