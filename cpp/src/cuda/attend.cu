@@ -234,16 +234,8 @@ template <DType type, int n_channels, class F> void with_worker(const Problem & 
         };
         p.n_shared <= 4 ? with.template operator()<4>() : with.template operator()<8>();
     } else {
-        const auto with = [&]<int n_most>() {
-            f.template operator()<Rows<type, n_channels, n_most>, type, n_channels, n_most>();
-        };
-        switch (p.n_shared) {
-            case 1: return with.template operator()<1>();
-            case 2: return with.template operator()<2>();
-            case 3: return with.template operator()<3>();
-            case 4: return with.template operator()<4>();
-            default: return with.template operator()<8>();
-        }
+        with_queries(p.n_shared,
+                     [&]<int n_most>() { f.template operator()<Rows<type, n_channels, n_most>, type, n_channels, n_most>(); });
     }
 }
 

@@ -8,6 +8,17 @@
 
 namespace louver::cuda {
 
+// Calls f.template operator()<n>() with room for n_shared queries to a group.
+template <class F> void with_queries(int n_shared, F && f) {
+    switch (n_shared) {
+        case 1: return f.template operator()<1>();
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<3>();
+        case 4: return f.template operator()<4>();
+        default: return f.template operator()<kMaxShared>();
+    }
+}
+
 // Mask to bits, and each query token's Sight. Rows are [n_stream][n_token], `stride` words apart.
 void launch_sight(const Mask & mask, int n_token, int n_stream, int n_kv, const DecodeSettings & settings, int64_t stride,
                   uint64_t * visible, Sight * sight, cudaStream_t stream);

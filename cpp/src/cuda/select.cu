@@ -308,18 +308,11 @@ template <int n_most, int n_pairs> __global__ void __launch_bounds__(kWarps * 32
 
 // f.template operator()<n_most, n_pairs>()
 template <class F> void with_shape(const Problem & p, F && f) {
-    const auto with = [&]<int n_most>() {
+    with_queries(p.n_shared, [&]<int n_most>() {
         p.planes.value_dim <= 64    ? f.template operator()<n_most, 1>()
         : p.planes.value_dim <= 128 ? f.template operator()<n_most, 2>()
                                     : f.template operator()<n_most, 4>();
-    };
-    switch (p.n_shared) {
-        case 1: return with.template operator()<1>();
-        case 2: return with.template operator()<2>();
-        case 3: return with.template operator()<3>();
-        case 4: return with.template operator()<4>();
-        default: return with.template operator()<8>();
-    }
+    });
 }
 
 }  // namespace
