@@ -424,6 +424,42 @@ void check_not_finite(Report & report, const Shape & shape, float bad, bool in_k
 }
 
 // A mask of other values than 0 and -infinity is added to the scores, by dense attention.
+// A number in a query that is none, with the bits that a GPU gives it.
+void check_query_not_finite(Report & report, const Shape & shape) {
+    Scene scene(shape, 6);
+    const CacheIndex index = index_of(scene);
+    scene.host_query[3] = std::bit_cast<float>(0x7fffffffu);
+    scene.upload();
+    Workspace space(0);
+    const AttentionOp op = scene.op(DecodeSettings{});
+    scene.output.poison();
+    run(space, index, op);
+    sync();
+    const std::vector<float> output = scene.output.get<float>();
+    for (int head = 0; head < scene.n_head; ++head) {
+        for (int c = 0; c < shape.value_dim; ++c) {
+            const float found = output[static_cast<size_t>(head * shape.value_dim + c)];
+            report.expect(std::isfinite(found) == (head > 0),
+                          shape.name() + ", NaN in a query, head " + std::to_string(head) + ": " + std::to_string(found));
+        }
+    }
+}
+
+// The workspace has room for what the kernels write where select has most thread blocks.
+void check_room(Report & report) {
+    constexpr int kCells = 1 << 20;
+    constexpr int kRows = 4;
+    const cuda::Plane plane{reinterpret_cast<const std::byte *>(uintptr_t{256}), 128, 128, 64, DType::f16};  // is not read
+    const CacheIndex index(0, plane, plane, 1, 1, kCells, 8);
+    AttentionOp op;
+    op.n_token = kRows;
+    op.n_head = 8;
+    op.n_kv = kCells;
+    Workspace space(0);
+    space.reserve(index, op.n_head, kRows);
+    report.expect(space.fits(index, op), "1,048,576 cells and 4 rows of 8 heads do not fit");
+}
+
 void check_bias(Report & report, const Shape & shape) {
     Scene scene(shape, 6);
     CacheIndex index = index_of(scene);
@@ -647,10 +683,20 @@ int run_all(bool quick) {
     report.section("not finite, mask values");
     const Shape small{128, 128, DType::f16, 2, 3, 1, 512, 500, 1, Keys::clustered};
     for (const float bad : {NAN, INFINITY, -INFINITY}) {
-        check_not_finite(report, small, bad, true);
-        check_not_finite(report, small, bad, false);
+        for (const DType type : {DType::f16, DType::bf16, DType::f32}) {
+            Shape shape = small;
+            shape.type = type;
+            check_not_finite(report, shape, bad, true);
+            check_not_finite(report, shape, bad, false);
+        }
+    }
+    for (const DType type : {DType::f16, DType::bf16, DType::f32}) {
+        Shape shape = small;
+        shape.type = type;
+        check_query_not_finite(report, shape);
     }
     check_bias(report, small);
+    check_room(report);
     report.section("controls");
     check_controls(report, small);
     return report.finish();

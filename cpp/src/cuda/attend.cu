@@ -263,6 +263,11 @@ void launch_attend(const Problem & p, cudaStream_t stream) {
     });
 }
 
-bool fits(const Problem & p) { return std::max({scan_bytes(p), select_bytes(p), attend_bytes(p)}) <= p.most_shared; }
+bool fits(const Problem & p) {
+    if (static_cast<int64_t>(p.n_group) * p.n_blocks >= (int64_t{1} << 31) / kBlockCells) {
+        return false;  // survivors are counted in 32 bits
+    }
+    return std::max({scan_bytes(p), select_bytes(p), attend_bytes(p)}) <= p.most_shared;
+}
 
 }  // namespace louver::cuda

@@ -43,10 +43,9 @@ template <> struct Split<DType::bf16> {
             b -= bf16_float(static_cast<uint16_t>(high_b));
         }
     }
-    // A NaN may become infinity, which the rest of the parts make NaN again.
     __device__ static __forceinline__ uint32_t nearest(float x) {
         const uint32_t word = __float_as_uint(x);
-        return (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
+        return isnan(x) ? 0x7fffu : (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
     }
 };
 
@@ -188,6 +187,7 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
 #pragma unroll
         for (int half = 0; half < kKeys / 16; ++half) {
             float sum[2][4] = {};
+            float last[2][4] = {};  // of the third part
             const std::byte * from = keys + (half * 16 + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
 #pragma unroll
             for (int t = 0; t < kSteps; ++t) {
@@ -197,8 +197,8 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
                 multiply_add<type>(sum[1], query[t], tiles[2], tiles[3]);
                 if constexpr (Split<type>::kParts > 2) {
                     const uint32_t rest[4] = {third[t][0], 0, third[t][1], 0};
-                    multiply_add<type>(sum[0], rest, tiles[0], tiles[1]);
-                    multiply_add<type>(sum[1], rest, tiles[2], tiles[3]);
+                    multiply_add<type>(last[0], rest, tiles[0], tiles[1]);
+                    multiply_add<type>(last[1], rest, tiles[2], tiles[3]);
                 }
             }
 #pragma unroll
@@ -206,7 +206,9 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int key = (2 * half + j) * 8 + lane % 4 * 2 + e;
-                    float x = (sum[j][e] + sum[j][2 + e]) * to_log2 - reference;
+                    // With an infinite key the smaller parts give NaN where the first one has the answer.
+                    const float all = sum[j][e] + sum[j][2 + e] + last[j][e];
+                    float x = (isnan(all) ? sum[j][e] : all) * to_log2 - reference;
                     if (mask != nullptr) {  // holds other values than 0 and -infinity: added, in the score's own unit
                         const int at = max(__shfl_sync(~0u, cell, key), 0);
                         x += __half2float(__ushort_as_half(reinterpret_cast<const uint16_t *>(mask)[at])) * 1.44269504f;

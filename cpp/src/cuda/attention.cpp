@@ -180,21 +180,23 @@ int64_t CacheIndex::indexed_cells() const {
 }
 
 struct Workspace::Storage {
-    int64_t n_query = 0;  // capacity; of (row, head part) pairs the queries of a group are counted in full
-    int64_t n_group = 0;
-    int64_t n_row = 0;
-    int64_t n_blocks = 0;
-    int64_t n_slot = 0;
-    int value_dim = 0;
+    struct Room {
+        int64_t n_query = 0;  // of (row, head part) pairs the queries of a group are counted in full
+        int64_t n_group = 0;
+        int64_t n_row = 0;
+        int64_t n_blocks = 0;
+        int64_t n_slot = 0;
+        int value_dim = 0;
+    } room;
     Memory memory;
 
     // Zero between ops, at places that do not depend on the shape.
     void lay_zeros(Parts & parts, Problem & p) const {
-        p.histogram = parts.take<uint32_t>(static_cast<size_t>(n_query) * kBins);
-        p.attend_all = parts.take<int32_t>(static_cast<size_t>(n_group));
-        p.arrived = parts.take<int32_t>(static_cast<size_t>(n_group));
+        p.histogram = parts.take<uint32_t>(static_cast<size_t>(room.n_query) * kBins);
+        p.attend_all = parts.take<int32_t>(static_cast<size_t>(room.n_group));
+        p.arrived = parts.take<int32_t>(static_cast<size_t>(room.n_group));
         p.n_pending = parts.take<int32_t>(2);
-        p.check_sums = parts.take<double>(2 * static_cast<size_t>(n_query));
+        p.check_sums = parts.take<double>(2 * static_cast<size_t>(room.n_query));
     }
 
     std::deque<Memory> retired;  // captured graphs that were not yet replaced, and kernels under way, may still use it
@@ -232,32 +234,31 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const int64_t n_group = static_cast<int64_t>(n_row) * index.n_head_kv() * groups.n_part;
     Storage & s = *storage_;
     const int64_t n_slot = index.planes().slot(index.n_stream(), 0, 0);
-    if (n_group * groups.n_shared <= s.n_query && n_group <= s.n_group && n_row <= s.n_row &&
-        index.planes().n_blocks <= s.n_blocks && n_slot <= s.n_slot && index.planes().value_dim <= s.value_dim) {
+    if (n_group * groups.n_shared <= s.room.n_query && n_group <= s.room.n_group && n_row <= s.room.n_row &&
+        index.planes().n_blocks <= s.room.n_blocks && n_slot <= s.room.n_slot && index.planes().value_dim <= s.room.value_dim) {
         return;
     }
-    s.n_query = std::max(s.n_query, n_group * groups.n_shared);
-    s.n_group = std::max(s.n_group, n_group);
-    s.n_row = std::max<int64_t>(s.n_row, n_row);
-    s.n_blocks = std::max<int64_t>(s.n_blocks, index.planes().n_blocks);
-    s.n_slot = std::max(s.n_slot, n_slot);
-    s.value_dim = std::max(s.value_dim, index.planes().value_dim);
-    // As problem() lays it out, for the largest shape.
-    const size_t q = static_cast<size_t>(s.n_query);
-    const size_t g = static_cast<size_t>(s.n_group);
-    const size_t cells = static_cast<size_t>(s.n_blocks) * kBlockCells;
-    const size_t parts = static_cast<size_t>(2 * n_processors_) + 2 * g;  // of all groups together
-    const size_t bytes = q * (kBins * 4 + 64 + cells + static_cast<size_t>(s.n_blocks) * 4) + g * (64 + cells * 4 + cells / 8) +
-                         parts * kMaxShared * (static_cast<size_t>(s.value_dim) * 8 + 64) + static_cast<size_t>(s.n_slot) * 4 +
-                         static_cast<size_t>(s.n_row) * (sizeof(Sight) + static_cast<size_t>(s.n_blocks + 1) * 8) + 32 * 256;
+    // As problem() lays it out, for the largest shape in each respect.
+    Storage::Room room = s.room;
+    room.n_query = std::max(room.n_query, n_group * groups.n_shared);
+    room.n_group = std::max(room.n_group, n_group);
+    room.n_row = std::max<int64_t>(room.n_row, n_row);
+    room.n_blocks = std::max<int64_t>(room.n_blocks, index.planes().n_blocks);
+    room.n_slot = std::max(room.n_slot, n_slot);
+    room.value_dim = std::max(room.value_dim, index.planes().value_dim);
+    const size_t q = static_cast<size_t>(room.n_query);
+    const size_t g = static_cast<size_t>(room.n_group);
+    const size_t blocks = static_cast<size_t>(room.n_blocks);
+    const size_t cells = blocks * kBlockCells;
+    // Thread blocks of all groups together, of the kind of which there are most.
+    const size_t parts = static_cast<size_t>(2 * n_processors_) + g * (2 + (blocks + kMostShare - 1) / kMostShare);
+    const size_t bytes = q * (kBins * 4 + 64 + cells + blocks * 4) + g * (64 + cells * 4 + cells / 8) +
+                         parts * kMaxShared * (static_cast<size_t>(room.value_dim) * 8 + 64) +
+                         static_cast<size_t>(room.n_slot) * 4 +
+                         static_cast<size_t>(room.n_row) * (sizeof(Sight) + (blocks + 1) * 8) + 32 * 256;
     const OnDevice on(device_);
-    Memory memory;
-    try {
-        memory = Memory(bytes);
-    } catch (const Error &) {
-        s.n_query = 0;  // the next op asks again
-        throw;
-    }
+    Memory memory(bytes);
+    s.room = room;
     if (s.memory.bytes() > 0) {
         s.retired.push_back(std::move(s.memory));
     }
@@ -308,11 +309,11 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     Parts parts(s.memory.as<std::byte>());
     s.lay_zeros(parts, p);
     // Seen once for several ops.
-    Sight * sight = parts.take<Sight>(static_cast<size_t>(s.n_row));
-    uint64_t * visible = parts.take<uint64_t>(static_cast<size_t>(s.n_row * (s.n_blocks + 1)));
+    Sight * sight = parts.take<Sight>(static_cast<size_t>(s.room.n_row));
+    uint64_t * visible = parts.take<uint64_t>(static_cast<size_t>(s.room.n_row * (s.room.n_blocks + 1)));
     p.sight = sight;
     p.visible = visible;
-    p.visible_stride = s.n_blocks + 1;
+    p.visible_stride = s.room.n_blocks + 1;
     // Of one op.
     const size_t q = static_cast<size_t>(p.n_group) * static_cast<size_t>(p.n_shared);
     const size_t g = static_cast<size_t>(p.n_group);
@@ -321,7 +322,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const size_t n_select = static_cast<size_t>(p.n_select);
     const size_t shares = static_cast<size_t>(p.n_attend);
     const size_t value_dim = static_cast<size_t>(p.values.dim);
-    p.pending = parts.take<int32_t>(static_cast<size_t>(s.n_slot));
+    p.pending = parts.take<int32_t>(static_cast<size_t>(s.room.n_slot));
     p.query_norm = parts.take<float>(q);
     p.reference = parts.take<float>(q);
     p.threshold = parts.take<int32_t>(q);

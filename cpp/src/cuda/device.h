@@ -43,14 +43,20 @@ inline size_t most_shared_of(int device) {
     return static_cast<size_t>(bytes);
 }
 
-// Device memory of the current device, filled with zeros.
+// Device memory of the current device, filled with zeros. They are there when the constructor returns, for every stream: ggml's
+// are not ordered with the legacy one.
 class Memory {
   public:
     Memory() = default;
     explicit Memory(size_t bytes) : bytes_(bytes) {
         if (bytes > 0) {
             check(cudaMalloc(&data_, bytes), "cudaMalloc");
-            check(cudaMemset(data_, 0, bytes), "cudaMemset");
+            cudaStream_t stream = nullptr;
+            check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+            const cudaError_t asked = cudaMemsetAsync(data_, 0, bytes, stream);
+            const cudaError_t done = cudaStreamSynchronize(stream);
+            cudaStreamDestroy(stream);
+            check(asked != cudaSuccess ? asked : done, "cudaMemset");
         }
     }
     Memory(Memory && other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}

@@ -27,10 +27,20 @@ struct Launch {
 template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...), const Launch & launch, cudaStream_t stream,
                                                   const std::type_identity_t<Parameters> &... arguments) {
     constexpr size_t kWithoutAsking = 48 * 1024;
+    const auto function = reinterpret_cast<const void *>(kernel);
     if (launch.shared_bytes > kWithoutAsking) {
-        check(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(launch.shared_bytes)),
-              "cudaFuncSetAttribute");
+        // All there is: the limit is the kernel's, and another thread may want more of it at the same time.
+        int device = 0;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        check(
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_of(device))),
+            "cudaFuncSetAttribute");
+    }
+    bool overlaps = launch.overlaps;
+    if (overlaps) {  // only code for such a device waits: not what was compiled for an older one
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+        overlaps = attributes.ptxVersion >= 90;
     }
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -41,7 +51,7 @@ template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...),
     config.dynamicSmemBytes = launch.shared_bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = launch.overlaps ? 1 : 0;
+    config.numAttrs = overlaps ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
 }
 

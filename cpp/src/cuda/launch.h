@@ -32,7 +32,7 @@ void launch_select(const Problem & p, cudaStream_t stream);
 // Exact attention over the survivors, in even parts, and these together; certificates; counts; the blocks that are to be encoded.
 void launch_attend(const Problem & p, cudaStream_t stream);
 
-// Whether all of these have the shared memory that they want.
+// Whether all of these have the shared memory that they want, and their counts the bits.
 bool fits(const Problem & p);
 size_t scan_bytes(const Problem & p);
 size_t select_bytes(const Problem & p);

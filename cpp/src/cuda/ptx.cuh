@@ -18,9 +18,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // mma.m16n8k32: sum += rows * columns, by a warp; signed bytes, in the order that cuda/planes.h describes.
 __device__ __forceinline__ void multiply_add(int (&sum)[4], const uint4 & rows, const uint32_t (&columns)[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(rows.x), "r"(rows.y), "r"(rows.z), "r"(rows.w), "r"(columns[0]), "r"(columns[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+                 : "r"(rows.x), "r"(rows.y), "r"(rows.z), "r"(rows.w), "r"(columns[0]), "r"(columns[1]));
 }
 
 // mma.m16n8k16: sum += rows * columns, by a warp; 16-bit floats, sums in float32.

@@ -215,11 +215,11 @@ class Engine {
         cuda::AttentionOp op = op_of(view, config.decode);
         try {
             space.reserve(action.cache->index, op.n_head, prefill ? std::min(op.n_stream, cuda::kMaxRows) : view.n_query());
+            if (!prefill && !space.fits(action.cache->index, op)) return stock(Reason::device);
         } catch (const cuda::Error &) {
             cudaGetLastError();
             return stock(Reason::device_memory);
         }
-        if (!prefill && !space.fits(action.cache->index, op)) return stock(Reason::device);
         if (prefill) {
             // Brings the index up to date with what the last token sees.
             if (op.mask.data != nullptr) {
