@@ -374,6 +374,14 @@ void check_generation(Report & report, const Shape & shape, int n_steps) {
     cudaStreamDestroy(stream);
 }
 
+// The op's output.
+std::vector<float> attended(Scene & scene, Workspace & space, const CacheIndex & index, const AttentionOp & op) {
+    scene.output.poison();
+    run(space, index, op);
+    sync();
+    return scene.output.get<float>();
+}
+
 // A number that is not finite: what dense attention makes of it, and no claim.
 void check_not_finite(Report & report, const Shape & shape, float bad, bool in_key) {
     Scene scene(shape, 5);
@@ -391,10 +399,7 @@ void check_not_finite(Report & report, const Shape & shape, float bad, bool in_k
     index.build(0, shape.n_kv / 64 * 64, nullptr);
     Workspace space(0);
     const AttentionOp op = scene.op(DecodeSettings{});
-    scene.output.poison();
-    run(space, index, op);
-    sync();
-    const std::vector<float> output = scene.output.get<float>();
+    const std::vector<float> output = attended(scene, space, index, op);
     const std::vector<HeadCertificate> certificates = index.certificates(scene.n_head);
     for (int head = 0; head < scene.n_head; ++head) {
         const Dense dense = scene.dense(0, head);
@@ -423,7 +428,6 @@ void check_not_finite(Report & report, const Shape & shape, float bad, bool in_k
     compare(report, scene, index, space, op, name + ", mended");
 }
 
-// A mask of other values than 0 and -infinity is added to the scores, by dense attention.
 // A number in a query that is none, with the bits that a GPU gives it.
 void check_query_not_finite(Report & report, const Shape & shape) {
     Scene scene(shape, 6);
@@ -432,10 +436,7 @@ void check_query_not_finite(Report & report, const Shape & shape) {
     scene.upload();
     Workspace space(0);
     const AttentionOp op = scene.op(DecodeSettings{});
-    scene.output.poison();
-    run(space, index, op);
-    sync();
-    const std::vector<float> output = scene.output.get<float>();
+    const std::vector<float> output = attended(scene, space, index, op);
     for (int head = 0; head < scene.n_head; ++head) {
         for (int c = 0; c < shape.value_dim; ++c) {
             const float found = output[static_cast<size_t>(head * shape.value_dim + c)];
@@ -460,6 +461,7 @@ void check_room(Report & report) {
     report.expect(space.fits(index, op), "1,048,576 cells and 4 rows of 8 heads do not fit");
 }
 
+// A mask of other values than 0 and -infinity is added to the scores, by dense attention.
 void check_bias(Report & report, const Shape & shape) {
     Scene scene(shape, 6);
     CacheIndex index = index_of(scene);
@@ -468,10 +470,7 @@ void check_bias(Report & report, const Shape & shape) {
     scene.upload();
     Workspace space(0);
     const AttentionOp op = scene.op(DecodeSettings{});
-    scene.output.poison();
-    run(space, index, op);
-    sync();
-    const std::vector<float> output = scene.output.get<float>();
+    const std::vector<float> output = attended(scene, space, index, op);
     for (int head = 0; head < scene.n_head; ++head) {
         Dense dense = scene.dense(0, head);
         // Cell 7 e^3 times as heavy.
@@ -599,10 +598,7 @@ void check_controls(Report & report, const Shape & shape) {
     index.build(0, shape.n_kv / 64 * 64, nullptr);
     Workspace space(0);
     const AttentionOp op = scene.op(DecodeSettings{});
-    scene.output.poison();
-    run(space, index, op);
-    sync();
-    const std::vector<float> output = scene.output.get<float>();
+    const std::vector<float> output = attended(scene, space, index, op);
     Dense dense = scene.dense(0, 0);
     const size_t heaviest =
         static_cast<size_t>(std::max_element(dense.weight.begin(), dense.weight.end()) - dense.weight.begin());

@@ -51,12 +51,10 @@ class Memory {
     explicit Memory(size_t bytes) : bytes_(bytes) {
         if (bytes > 0) {
             check(cudaMalloc(&data_, bytes), "cudaMalloc");
-            cudaStream_t stream = nullptr;
-            check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-            const cudaError_t asked = cudaMemsetAsync(data_, 0, bytes, stream);
-            const cudaError_t done = cudaStreamSynchronize(stream);
-            cudaStreamDestroy(stream);
-            check(asked != cudaSuccess ? asked : done, "cudaMemset");
+            if (const cudaError_t status = clear(); status != cudaSuccess) {
+                cudaFree(data_);  // there will be no destructor
+                check(status, "cudaMemset");
+            }
         }
     }
     Memory(Memory && other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
@@ -71,6 +69,17 @@ class Memory {
     size_t bytes() const { return bytes_; }
 
   private:
+    cudaError_t clear() {
+        cudaStream_t stream = nullptr;
+        if (const cudaError_t status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking); status != cudaSuccess) {
+            return status;
+        }
+        const cudaError_t asked = cudaMemsetAsync(data_, 0, bytes_, stream);
+        const cudaError_t done = cudaStreamSynchronize(stream);
+        cudaStreamDestroy(stream);
+        return asked != cudaSuccess ? asked : done;
+    }
+
     void * data_ = nullptr;
     size_t bytes_ = 0;
 };
