@@ -150,6 +150,9 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
         for (int k = static_cast<int>(threadIdx.x); k < p.n_shared * kBins; k += kAttendWarps * 32) {
             p.histogram[static_cast<int64_t>(group) * p.n_shared * kBins + k] = 0;
         }
+        if (static_cast<int>(threadIdx.x) < p.n_shared) {
+            p.lower[group * p.n_shared + static_cast<int>(threadIdx.x)] = {0, 0};
+        }
     }
     Worker worker(p, regions + static_cast<size_t>(warp) * Worker::kBytes);
     if (warp == 0) {
@@ -266,6 +269,9 @@ void launch_attend(const Problem & p, cudaStream_t stream) {
 bool fits(const Problem & p) {
     if (static_cast<int64_t>(p.n_group) * p.n_blocks >= (int64_t{1} << 31) / kBlockCells) {
         return false;  // survivors are counted in 32 bits
+    }
+    if (p.n_blocks > 1 << kMostBlockBits) {
+        return false;
     }
     return std::max({scan_bytes(p), select_bytes(p), attend_bytes(p)}) <= p.most_shared;
 }

@@ -193,6 +193,7 @@ struct Workspace::Storage {
     // Zero between ops, at places that do not depend on the shape.
     void lay_zeros(Parts & parts, Problem & p) const {
         p.histogram = parts.take<uint32_t>(static_cast<size_t>(room.n_query) * kBins);
+        p.lower = parts.take<Mass>(static_cast<size_t>(room.n_query));
         p.attend_all = parts.take<int32_t>(static_cast<size_t>(room.n_group));
         p.arrived = parts.take<int32_t>(static_cast<size_t>(room.n_group));
         p.n_pending = parts.take<int32_t>(2);
@@ -327,7 +328,6 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.reference = parts.take<float>(q);
     p.threshold = parts.take<int32_t>(q);
     p.least = parts.take<double>(q);
-    p.lower = parts.take<double>(q * n_scan);
     p.key_norm = parts.take<float>(g * n_scan);
     p.scanned = parts.take<int32_t>(g * n_scan);
     p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);

@@ -193,6 +193,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const auto lay = [&](std::byte * base) {
         Parts parts(base);
         p.histogram = parts.take<uint32_t>(q * kBins);
+        p.lower = parts.take<Mass>(q);
         p.attend_all = parts.take<int32_t>(g);
         p.arrived = parts.take<int32_t>(g);
         p.n_pending = parts.take<int32_t>(2);
@@ -204,7 +205,6 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         p.pending = parts.take<int32_t>(slots);
         p.query_norm = parts.take<float>(q);
         p.reference = parts.take<float>(q);
-        p.lower = parts.take<double>(q * n_scan);
         p.key_norm = parts.take<float>(g * n_scan);
         p.scanned = parts.take<int32_t>(g * n_scan);
         p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);

@@ -19,6 +19,19 @@ inline constexpr int kBins = 256;
 inline constexpr int kBinsPerOctave = 8;
 inline constexpr int kReferenceBin = 208;
 
+// A lower bound on the mass, added up in whole units so that the sum does not depend on the order: of what a lane finds in a
+// block what is below kSmallMass, and the rest, of which no more than kLargeMass counts. 2^kMostBlockBits blocks fit into 64
+// bits.
+struct Mass {
+    unsigned long long small;
+    unsigned long long large;
+};
+inline constexpr float kSmallUnit = 0x1p-28f;
+inline constexpr float kSmallMass = 0x1p11f;
+inline constexpr float kLargeUnit = 0x1p-4f;
+inline constexpr float kLargeMass = 0x1p35f;
+inline constexpr int kMostBlockBits = 20;
+
 inline constexpr int kAttendAll = -1;
 
 inline constexpr int kProbesFirst = 4;
@@ -152,7 +165,7 @@ struct Problem {
     float * query_norm;     // [n_group][n_shared], rounded up
     float * reference;      // [n_group][n_shared] log2 units
     uint32_t * histogram;   // [n_group][n_shared][kBins] cells; zero before and after a step
-    double * lower;         // [n_group][n_scan][n_shared] lower bound on the mass
+    Mass * lower;           // [n_group][n_shared] zero before and after a step
     float * key_norm;       // [n_group][n_scan] of the visible keys that are indexed, or finite; rounded up
     int32_t * scanned;      // [n_group][n_scan]
     uint8_t * bins;         // [n_group][n_shared][n_blocks][64]

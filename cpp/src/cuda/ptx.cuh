@@ -7,6 +7,12 @@
 
 #include "louver/types.h"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define LOUVER_BULK_COPIES 1
+#else
+#define LOUVER_BULK_COPIES 0
+#endif
+
 namespace louver::cuda {
 
 // 2^x, off by less than 2^-21 relatively (PTX ISA, ex2.approx); results below 2^-126 become 0.
@@ -77,5 +83,67 @@ __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_
 
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void * address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// What a warp waits for together: copies from global into shared memory, 16 bytes or a multiple of them each. With compute
+// capability 9.0 one lane asks for a whole piece, before it every lane for its part. Its phases alternate between 0 and 1.
+class Arrival {
+  public:
+    // By a thread, and then visible to the warp after __syncwarp().
+    __device__ __forceinline__ void init() {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "n"(kArrivals) : "memory");
+#if LOUVER_BULK_COPIES
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    }
+    __device__ __forceinline__ void copy(void * to, const void * from, int bytes) {
+        const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+#if LOUVER_BULK_COPIES
+        if (threadIdx.x % 32 == 0) {
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                         "l"(from), "r"(bytes), "r"(address())
+                         : "memory");
+        }
+#else
+        for (int at = static_cast<int>(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + static_cast<uint32_t>(at)),
+                         "l"(static_cast<const std::byte *>(from) + at)
+                         : "memory");
+        }
+#endif
+    }
+    // Once the copies of a phase are asked for, `bytes` of them all together.
+    __device__ __forceinline__ void commit(int bytes) {
+#if LOUVER_BULK_COPIES
+        if (threadIdx.x % 32 == 0) {
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+        }
+#else
+        (void)bytes;
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
+#endif
+    }
+    __device__ __forceinline__ void wait(uint32_t phase) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+#if LOUVER_BULK_COPIES
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#else
+            "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#endif
+            "@!done bra again;\n"
+            "}" ::"r"(address()),
+            "r"(phase)
+            : "memory");
+    }
+
+  private:
+    static constexpr int kArrivals = LOUVER_BULK_COPIES ? 1 : 32;
+
+    __device__ __forceinline__ uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&barrier_)); }
+
+    uint64_t barrier_;
+};
 
 }  // namespace louver::cuda

@@ -26,29 +26,42 @@ struct Shared {
     float probe[kMaxShared][kProbes];
     float norm[kMaxShared];
     float reference[kMaxShared];
-    double lower[kWarps][kMaxShared];  // of each warp
+    uint64_t lower[kWarps][kMaxShared];  // of each warp, in kSmallUnit
+    uint64_t large[kMaxShared];          // of all of them, in kLargeUnit
     float key_norm[kWarps];
     int scanned[kWarps];
     uint32_t others[kWarps];  // of 32 blocks those that have cells which are not indexed
-    int failed;               // before the scan
 };
 constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
-// Queries, norms and references, the same in every thread block of a group. False: something is not finite or too large, so that
-// nothing is decided here. What begins the stream of codes is called once the few rows that are needed first are here.
-template <class Stream> __device__ __forceinline__ bool begin(const Problem & p, int group, Shared & s, const Stream & stream) {
+// Adds a lower bound, rounded down: small ones to the caller's own sum, and the rare large ones, of keys far above the
+// reference, to that of the thread block.
+__device__ __forceinline__ void add_mass(float mass, uint64_t & small, uint64_t & large) {
+    if (mass < kSmallMass) {
+        small += static_cast<uint64_t>(mass * (1.0f / kSmallUnit));
+    } else {
+        atomicAdd(reinterpret_cast<unsigned long long *>(&large),
+                  static_cast<unsigned long long>(fminf(mass, kLargeMass) * (1.0f / kLargeUnit)));
+    }
+}
+
+// Queries and norms in shared memory, the same in every thread block of a group. Returns the lane's norms and references, of the
+// queries z * kQuad + lane / 8. False: something is not finite or too large, so that nothing is decided here, or `skips`. What
+// begins the stream of codes is called once the few rows that are needed first are here.
+template <int n_quad, class Stream> __device__ __forceinline__ bool begin(const Problem & p, int group, bool skips, Shared & s,
+                                                                          float (&norm)[n_quad], float (&reference)[n_quad],
+                                                                          const Stream & stream) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
     const int dim = p.planes.key_dim;
     static_assert(kWarps == kMaxShared);  // a query to a warp
-    const int i = warp;
-    const float * query = p.query_of(group, min(i, n_query - 1));
+    const float * query = p.query_of(group, min(warp, n_query - 1));
     float own[kMaxKernelDim / 32];
 #pragma unroll
     for (int k = 0; k < kMaxKernelDim / 32; ++k) {
         const int c = lane + 32 * k;
-        own[k] = i < n_query && c < dim ? query[c] : 0.0f;
+        own[k] = warp < n_query && c < dim ? query[c] : 0.0f;
     }
     const Sight & sight = p.sight[p.row_of_group(group)];
     const int n_probes = p.given != nullptr ? 0 : sight.n_probes;
@@ -73,101 +86,107 @@ template <class Stream> __device__ __forceinline__ bool begin(const Problem & p,
             rows[k].widen(keys[k]);
         }
     });
+    if (skips) {
+        return false;
+    }
     stream();
     double squared = 0;
 #pragma unroll
     for (int k = 0; k < kMaxKernelDim / 32; ++k) {
-        s.query[i][lane + 32 * k] = own[k];
+        s.query[warp][lane + 32 * k] = own[k];
         squared += static_cast<double>(own[k]) * static_cast<double>(own[k]);
     }
     squared = sum_of_warp(squared);
     if (lane == 0) {
-        s.norm[i] = static_cast<float>(sqrt(squared)) * kNormInflation;
+        s.norm[warp] = static_cast<float>(sqrt(squared)) * kNormInflation;
     }
     if (lane < kWarps) {
-        s.lower[lane][i] = 0;
+        s.lower[lane][warp] = 0;
+    }
+    if (lane == 0) {
+        s.large[warp] = 0;
     }
 #pragma unroll
     for (int b = lane; b < kBins; b += 32) {
-        s.histogram[i][b] = 0;
-    }
-    if (threadIdx.x == 0) {
-        s.failed = 0;
+        s.histogram[warp][b] = 0;
     }
     __syncthreads();
+    static_assert(kOwn * kQuad == 8);
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-#pragma unroll 1
-        for (int of = 0; of < n_query; ++of) {
-            float dot = 0;
+    for (int z = 0; z < n_quad; ++z) {
+        float dots[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            dots[k] = 0;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                dot += s.query[of][lane * 8 + e] * keys[k][e];
+                dots[k] += s.query[z * kQuad + k % kQuad][lane * 8 + e] * keys[k / kQuad][e];
             }
-            dot = sum_of_warp(dot);
-            if (lane == 0) {
-                s.probe[of][k * kWarps + warp] = dot;
-            }
+        }
+        const float dot = sum_of_warp(dots);
+        if (lane % 4 == 0) {
+            s.probe[z * kQuad + lane / 4 % kQuad][lane / 4 / kQuad * kWarps + warp] = dot;
         }
     }
     __syncthreads();
-    if (i < n_query) {
-        const bool is_probe = lane < n_probes;
-        const float score = is_probe ? s.probe[i][lane] * p.to_log2 : -infinity();
-        const float given = p.given != nullptr ? p.given[group * p.n_shared + i] : 0.0f;
-        const float peak = n_probes > 0 ? largest_of_warp(score) : given;
-        const bool finite = __all_sync(~0u, !is_probe || isfinite(score)) && isfinite(peak) && s.norm[i] <= kMaxQueryNorm;
-        if (lane == 0) {
-            s.reference[i] = peak;
-            if (!finite) {
-                s.failed = 1;
-            }
-            if (blockIdx.x == 0) {
-                p.query_norm[group * p.n_shared + i] = s.norm[i];
-                p.reference[group * p.n_shared + i] = peak;
-            }
-        }
-    } else if (lane == 0) {
-        s.reference[i] = 0;
-    }
-    __syncthreads();
-    return s.failed == 0;
-}
-
-// What a warp has of the index: quarters of a block's codes, a ring; the grids of that block and the next. They are on their way
-// into shared memory while the warp works on what it has; what a lane reads of the codes it copied itself.
-template <int n_tiles> struct Grid {
-    uint4 steps[8 * n_tiles];  // centres, then steps, in the order of grid_position
-    float bounds[8];           // BlockBounds
-};
-template <int n_tiles> struct Stage {
-    static constexpr int kQuarters = n_tiles <= 4 ? 4 : 2;  // of a block, under way or here
-    uint4 codes[kQuarters * n_tiles][32];
-    Grid<n_tiles> grid[2];
-};
-
-// A quarter of a block's codes.
-template <int n_tiles>
-__device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Planes & planes, int64_t slot, int quarter) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint4 * codes = reinterpret_cast<const uint4 *>(planes.codes_of(slot)) + quarter * n_tiles * 32 + lane;
+    bool finite = true;
 #pragma unroll
-    for (int t = 0; t < n_tiles; ++t) {
-        copy_async<16>(&stage.codes[quarter % Stage<n_tiles>::kQuarters * n_tiles + t][lane], codes + t * 32);
+    for (int z = 0; z < n_quad; ++z) {
+        const int i = z * kQuad + lane / 8;
+        float peak = n_probes > 0 ? -infinity() : 0.0f;
+        if (p.given != nullptr) {
+            peak = p.given[group * p.n_shared + min(i, n_query - 1)];
+        }
+#pragma unroll
+        for (int k = lane % 8; k < kProbes; k += 8) {
+            const float score = s.probe[i][k] * p.to_log2;
+            peak = fmaxf(peak, k < n_probes ? score : -infinity());
+            finite = finite && (k >= n_probes || isfinite(score));
+        }
+#pragma unroll
+        for (int bit = 1; bit < 8; bit *= 2) {
+            peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, bit));
+        }
+        norm[z] = s.norm[i];
+        reference[z] = i < n_query ? peak : 0.0f;
+        finite = finite && isfinite(reference[z]) && norm[z] <= kMaxQueryNorm;
+        if (warp == 0 && lane % 8 == 0) {
+            s.reference[i] = reference[z];  // for add_others
+            if (blockIdx.x == 0 && i < n_query) {
+                p.query_norm[group * p.n_shared + i] = norm[z];
+                p.reference[group * p.n_shared + i] = reference[z];
+            }
+        }
     }
+    return __all_sync(~0u, finite) != 0;
 }
 
-template <int n_tiles> __device__ __forceinline__ void fetch_grid(Grid<n_tiles> & grid, const Planes & planes, int64_t slot) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint4 * steps = reinterpret_cast<const uint4 *>(planes.center_of(slot));
-    for (int k = lane; k < 8 * n_tiles; k += 32) {
-        copy_async<16>(&grid.steps[k], steps + k);
-    }
+// What a warp has of the index, in shared memory or on its way there: a ring of parts of blocks' codes, and a block's grid.
+template <int n_tiles> struct Stage {
+    static constexpr int kQuartersOfPart = n_tiles <= 4 ? 2 : 1;
+    static constexpr int kParts = 4 / kQuartersOfPart;  // of a block
+    static constexpr int kSlots = 2;
+    static constexpr int kPartBytes = kQuartersOfPart * n_tiles * 32 * 16;
+    uint4 codes[kSlots][kQuartersOfPart][n_tiles][32];
+    uint4 grid[8 * n_tiles];  // centres, then steps, in the order of grid_position
+    Arrival codes_here[kSlots];
+    Arrival grid_here;
+};
+
+template <int n_tiles>
+__device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Planes & planes, int64_t slot, int part) {
+    constexpr int kBytes = Stage<n_tiles>::kPartBytes;
+    const int at = part % Stage<n_tiles>::kSlots;
+    stage.codes_here[at].copy(stage.codes[at], planes.codes_of(slot) + part * kBytes, kBytes);
+    stage.codes_here[at].commit(kBytes);
+}
+
+// A block's grid; and of its BlockBounds, which are too small for a copy, each lane one number.
+template <int n_tiles> __device__ __forceinline__ float fetch_grid(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
+    stage.grid_here.copy(stage.grid, planes.center_of(slot), sizeof(stage.grid));
+    stage.grid_here.commit(sizeof(stage.grid));
     constexpr int kBounds = sizeof(BlockBounds) / sizeof(float);
-    static_assert(kBounds <= 8);
-    if (lane < kBounds) {
-        copy_async<4>(&grid.bounds[lane], reinterpret_cast<const float *>(planes.bounds + slot) + lane);
-    }
+    return reinterpret_cast<const float *>(planes.bounds + slot)[min(static_cast<int>(threadIdx.x) % 32, kBounds - 1)];
 }
 
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -199,11 +218,11 @@ __device__ __forceinline__ void widen(const uint2 & pairs, float (&out)[4]) {
 // 7 of a warp have query i: the first 4 its high, the others its low bytes, each of the channels of lane % 4. Of these channels
 // each of the two works on one half, and then they exchange bytes.
 template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&query)[n_tiles][4], float norm, float reference,
-                                                                 const Grid<n_tiles> & grid, int dim, float to_log2,
-                                                                 bool certified, uint32_t (&levels)[n_tiles][2]) {
+                                                                 const uint4 * grid, const BlockBounds & bounds, int dim,
+                                                                 float to_log2, bool certified, uint32_t (&levels)[n_tiles][2]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int half = lane / 4 % 2;
-    const uint2 * center = reinterpret_cast<const uint2 *>(grid.steps) + lane % 4 * (2 * n_tiles) + half;
+    const uint2 * center = reinterpret_cast<const uint2 *>(grid) + lane % 4 * (2 * n_tiles) + half;
     const uint2 * step = center + 8 * n_tiles;
     float scaled[n_tiles][4];
     float largest = 0;
@@ -243,7 +262,6 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
         levels[t][0] = half == 0 ? highs : other;
         levels[t][1] = half == 0 ? other : lows;
     }
-    const BlockBounds bounds{grid.bounds[0], grid.bounds[1], grid.bounds[2], grid.bounds[3], grid.bounds[4]};
     ToBin to;
     to.slack = block_slack(head, bounds);
     to.scale = head.quantum * to_log2 * kBinsPerOctave;
@@ -324,7 +342,7 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
                 weight += __shfl_xor_sync(~0u, weight, step);
             }
             if (lane == 0) {
-                s.lower[warp][i] += static_cast<double>(weight);
+                add_mass(weight, s.lower[warp][i], s.large[i]);
             }
         }
     }
@@ -390,8 +408,17 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Stage<n_tiles> & stage = reinterpret_cast<Stage<n_tiles> *>(memory + kSharedBytes)[warp];
+    if (lane == 0) {
+#pragma unroll
+        for (int at = 0; at < Stage<n_tiles>::kSlots; ++at) {
+            stage.codes_here[at].init();
+        }
+        stage.grid_here.init();
+    }
+    __syncwarp();
     const int row = p.row_of_group(group);
     const bool is_uniform = p.spares_uniform && *p.uniform_of(group) > 0;
+    const bool is_plain = p.sight[row].plain != 0;
     const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const uint64_t * indexed = p.planes.indexed + first_slot;
@@ -401,91 +428,97 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const bool adds_others = static_cast<int>(blockIdx.x) == p.n_scan - 1;
     const int stride = n_streaming * kWarps;
     int block = streams ? p.n_blocks - 1 - (static_cast<int>(blockIdx.x) * kWarps + warp) : -1;
-    const auto cells_of = [&](int at) { return at >= 0 ? visible[at] & indexed[at] : 0; };
-    uint64_t cells = cells_of(block);
-    uint64_t next_cells = cells_of(block - stride);
-    const auto fetch_quarter = [&](int r) {
-        if (cells != 0) {
-            fetch_codes(stage, p.planes, first_slot + block, r);
-        }
-        commit_copies();
+    // Two words of a block, which are not to be touched before they are needed: under load an answer takes microseconds.
+    struct Words {
+        uint64_t visible;
+        uint64_t indexed;
+        __device__ __forceinline__ uint64_t cells() const { return visible & indexed; }
     };
+    const auto words_of = [&](int at) { return at >= 0 ? Words{visible[at], indexed[at]} : Words{0, 0}; };
+    const Words first = words_of(block);
+    const Words second = words_of(block - stride);
+    uint64_t cells = first.cells();
+    uint64_t next_cells = second.cells();
+    float bound = 0;
     const auto stream = [&] {
         if (cells != 0) {
-            fetch_grid(stage.grid[0], p.planes, first_slot + block);
-        }
-        if (next_cells != 0) {
-            fetch_grid(stage.grid[1], p.planes, first_slot + block - stride);
-        }
-        commit_copies();
-        fetch_quarter(0);
-    };
-    if (is_uniform || p.sight[row].plain == 0 || !begin(p, group, s, stream)) {
-        if (threadIdx.x == 0 && !is_uniform) {
-            p.attend_all[group] = 1;
-        }
-        wait_for_copies();
-        return;
-    }
-
-    constexpr int kQuarters = Stage<n_tiles>::kQuarters;
+            bound = fetch_grid(stage, p.planes, first_slot + block);
 #pragma unroll
-    for (int r = 1; r < kQuarters; ++r) {  // not before: what begin() reads and writes would queue behind them
-        fetch_quarter(r);
-    }
-
-    const int n_query = p.n_query_of(group);
-    const float octave = 1.0f / kBinsPerOctave;
-    // The lane's part of the queries, as the right operand wants it.
+            for (int part = 0; part < Stage<n_tiles>::kSlots; ++part) {
+                fetch_codes(stage, p.planes, first_slot + block, part);
+            }
+        }
+    };
+    // The lane's part of the queries, as the right operand wants it: it has query z * kQuad + lane / 8.
     float query[n_quad][n_tiles][4];
     float norm[n_quad];
     float reference[n_quad];
+    if (!begin(p, group, is_uniform || !is_plain, s, norm, reference, stream)) {
+        if (threadIdx.x == 0 && !is_uniform) {
+            p.attend_all[group] = 1;
+        }
+        if (cells != 0 && !is_uniform && is_plain) {  // nothing may arrive once the thread block is gone
+            stage.grid_here.wait(0);
+            for (Arrival & codes_here : stage.codes_here) {
+                codes_here.wait(0);
+            }
+        }
+        return;
+    }
 #pragma unroll
     for (int z = 0; z < n_quad; ++z) {
-        const int i = z * kQuad + lane / 8;
-        norm[z] = s.norm[i];
-        reference[z] = s.reference[i];
 #pragma unroll
         for (int t = 0; t < n_tiles; ++t) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                query[z][t][e] = s.query[i][32 * t + lane / 4 % 2 * 16 + lane % 4 * 4 + e];
+                query[z][t][e] = s.query[z * kQuad + lane / 8][32 * t + lane / 4 % 2 * 16 + lane % 4 * 4 + e];
             }
         }
     }
-    float lower[n_quad] = {};  // of query z * kQuad + lane % 4
+    const int n_query = p.n_query_of(group);
+    const float octave = 1.0f / kBinsPerOctave;
+    uint64_t lower[n_quad] = {};  // of query z * kQuad + lane % 4
     float key_norm = 0;
     int scanned = 0;
     bool failed = false;
+    uint32_t phases = 0;  // of the slots
+    uint32_t grid_phase = 0;
 
     uint32_t levels[n_quad][n_tiles][2];
     ToBin to[n_quad];
-    const auto prepare = [&](const Grid<n_tiles> & grid) {
-        key_norm = fmaxf(key_norm, grid.bounds[3]);
+    const auto prepare = [&] {
+        stage.grid_here.wait(grid_phase);
+        grid_phase ^= 1;
+        const auto number = [&](int k) { return __shfl_sync(~0u, bound, k); };
+        const BlockBounds bounds{number(0), number(1), number(2), number(3), number(4)};
+        key_norm = fmaxf(key_norm, bounds.key_norm);
 #pragma unroll
         for (int z = 0; z < n_quad; ++z) {
-            to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], grid, p.planes.key_dim, p.to_log2, p.certified, levels[z]);
+            to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], stage.grid, bounds, p.planes.key_dim, p.to_log2,
+                                      p.certified, levels[z]);
         }
     };
-    wait_for_copies<kQuarters>();  // the grids
-    __syncwarp();
     if (cells != 0) {
-        prepare(stage.grid[0]);
+        prepare();
     }
-    __syncwarp();
-    int current = 0;
     while (block >= 0) {
         const int next = block - stride;
-        const uint64_t after_cells = cells_of(next - stride);
+        const Words after = words_of(next - stride);
         float places[n_quad][8];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            wait_for_copies<kQuarters - 1>();  // the oldest batch: this quarter
+            constexpr int kOfPart = Stage<n_tiles>::kQuartersOfPart;
+            const int part = r / kOfPart;
+            const int at = part % Stage<n_tiles>::kSlots;
             if (cells != 0) {
+                if (r % kOfPart == 0) {
+                    stage.codes_here[at].wait(phases >> at & 1);
+                    phases ^= 1u << at;
+                }
                 int sum[n_quad][4] = {};
 #pragma unroll
                 for (int t = 0; t < n_tiles; ++t) {
-                    const uint4 codes = stage.codes[r % kQuarters * n_tiles + t][lane];
+                    const uint4 codes = stage.codes[at][r % kOfPart][t][lane];
 #pragma unroll
                     for (int z = 0; z < n_quad; ++z) {
                         multiply_add(sum[z], codes, levels[z][t]);
@@ -497,16 +530,18 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                     places[z][2 * r + 1] = static_cast<float>(256 * sum[z][2] + sum[z][3]);
                 }
             }
-            const bool is_of_next = r + kQuarters >= 4;
-            if ((is_of_next ? next_cells : cells) != 0) {
-                fetch_codes(stage, p.planes, first_slot + (is_of_next ? next : block), (r + kQuarters) % 4);
+            if ((r + 1) % kOfPart == 0) {
+                __syncwarp();  // all lanes have read the part, and the grid
+                if (part == 0 && next_cells != 0) {
+                    bound = fetch_grid(stage, p.planes, first_slot + next);
+                }
+                const int later = part + Stage<n_tiles>::kSlots;
+                const bool is_of_next = later >= Stage<n_tiles>::kParts;
+                if ((is_of_next ? next_cells : cells) != 0) {
+                    fetch_codes(stage, p.planes, first_slot + (is_of_next ? next : block), later % Stage<n_tiles>::kParts);
+                }
             }
-            if (r == 0 && after_cells != 0) {
-                fetch_grid(stage.grid[current], p.planes, first_slot + next - stride);
-            }
-            commit_copies();
         }
-        current = 1 - current;
         if (cells != 0) {
             scanned += __popcll(static_cast<long long>(cells));
             const uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
@@ -532,8 +567,9 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                     }
                 }
                 // From upper to lower bounds: down by twice the slack.
-                lower[z] += sum * exp2_fast(-2.0f * slack);
-                failed = failed || !isfinite(lower[z]) || !isfinite(offset);
+                sum *= exp2_fast(-2.0f * slack);
+                failed = failed || !isfinite(sum) || !isfinite(offset);
+                add_mass(sum, lower[z], s.large[i]);
                 const int64_t at = (static_cast<int64_t>(group) * p.n_shared + i) * p.n_blocks + block;
                 *reinterpret_cast<uint2 *>(p.bins + at * kBlockCells + lane / 4 * 8) =
                     make_uint2(low_bytes(bins[0], bins[1], bins[2], bins[3]), low_bytes(bins[4], bins[5], bins[6], bins[7]));
@@ -542,25 +578,22 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                 }
             }
         }
-        __syncwarp();  // the next block's grid is there for all lanes
         if (next_cells != 0) {
-            prepare(stage.grid[current]);
+            prepare();
         }
-        __syncwarp();
         block = next;
         cells = next_cells;
-        next_cells = after_cells;
+        next_cells = after.cells();
     }
-    wait_for_copies();
     if (adds_others) {
+        __syncthreads();  // the references
         failed = add_others(p, group, s, key_norm) || failed;
     }
     __syncwarp();  // what add_exact left in shared memory
 
-    // What the warps found, added in an order that does not depend on timing.
 #pragma unroll
     for (int z = 0; z < n_quad; ++z) {
-        double sum = static_cast<double>(lower[z]);
+        uint64_t sum = lower[z];
         sum += __shfl_xor_sync(~0u, sum, 4);
         sum += __shfl_xor_sync(~0u, sum, 8);
         sum += __shfl_xor_sync(~0u, sum, 16);
@@ -575,11 +608,15 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     }
     const bool gave_up = __syncthreads_or(failed ? 1 : 0) != 0;
     if (static_cast<int>(threadIdx.x) < n_query) {
-        double sum = 0;
+        uint64_t sum = 0;
         for (int w = 0; w < kWarps; ++w) {
             sum += s.lower[w][threadIdx.x];
         }
-        p.lower[(static_cast<int64_t>(group) * p.n_scan + blockIdx.x) * p.n_shared + threadIdx.x] = sum;
+        Mass & mass = p.lower[group * p.n_shared + static_cast<int>(threadIdx.x)];
+        atomicAdd(&mass.small, static_cast<unsigned long long>(sum));
+        if (s.large[threadIdx.x] > 0) {
+            atomicAdd(&mass.large, static_cast<unsigned long long>(s.large[threadIdx.x]));
+        }
     }
     if (threadIdx.x == 0) {
         float longest = 0;

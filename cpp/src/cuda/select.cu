@@ -27,11 +27,9 @@ constexpr size_t kBytesPerBlock = sizeof(uint64_t) + sizeof(int);
 // By a warp. All of its lanes return the same.
 __device__ int threshold_of(const Problem & p, int group, int i, double & least) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    double lower = 0;
-    for (int part = lane; part < p.n_scan; part += 32) {
-        lower += p.lower[(static_cast<int64_t>(group) * p.n_scan + part) * p.n_shared + i];
-    }
-    least = sum_of_warp(lower);
+    const Mass & lower = p.lower[group * p.n_shared + i];
+    least = static_cast<double>(lower.small) * static_cast<double>(kSmallUnit) +
+            static_cast<double>(lower.large) * static_cast<double>(kLargeUnit);
     const double target = static_cast<double>(p.epsilon) * least * (1.0 - 4 * kWeightError);
 
     constexpr int kOwn = kBins / 32;

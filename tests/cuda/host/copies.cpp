@@ -1,5 +1,8 @@
 #include <array>
+#include <cstdio>
+#include <cstdlib>
 #include <deque>
+#include <map>
 
 #include "cuda/ptx.cuh"
 
@@ -12,8 +15,47 @@ struct Copies {
     std::deque<std::vector<Copy>> batches;
 };
 std::array<Copies, kMostThreads> under_way;
+std::map<const Arrival *, std::vector<Copy>> of_arrivals;
+
+void demand(bool holds, const char * what) {
+    if (!holds) {
+        std::fprintf(stderr, "%s\n", what);
+        std::abort();
+    }
+}
 
 }  // namespace
+
+void Arrival::copy(void * to, const void * from, int bytes) {
+    __syncwarp();  // the same for all lanes
+    demand((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes)) % 16 == 0,
+           "a copy that is not aligned");
+    if (simt::lane() == 0) {
+        std::memset(to, 0xff, static_cast<size_t>(bytes));
+        of_arrivals[this].push_back({static_cast<std::byte *>(to), static_cast<const std::byte *>(from), bytes});
+        asked_ += bytes;
+    }
+}
+
+void Arrival::commit(int bytes) {
+    __syncwarp();
+    demand(asked_ == bytes, "an arrival of another number of bytes than was asked for");
+}
+
+void Arrival::wait(uint32_t phase) {
+    __syncwarp();
+    demand(phase == phase_ && asked_ > 0, "a wait for another phase than the one that is open");
+    __syncwarp();
+    if (simt::lane() == 0) {
+        for (const Copy & copy : of_arrivals[this]) {
+            std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+        }
+        of_arrivals.erase(this);
+        phase_ ^= 1;
+        asked_ = 0;
+    }
+    __syncwarp();
+}
 
 void begin_copy(const Copy & copy) {
     std::memset(copy.to, 0xff, static_cast<size_t>(copy.bytes));

@@ -96,4 +96,17 @@ inline void wait_for_copies() {
 
 inline void prefetch(const void *) {}
 
+// Fails where a warp waits for another phase than the one that is open, or not for all that was asked for.
+class Arrival {
+  public:
+    void init() { phase_ = asked_ = 0; }
+    void copy(void * to, const void * from, int bytes);
+    void commit(int bytes);
+    void wait(uint32_t phase);
+
+  private:
+    uint32_t phase_;
+    int asked_;  // bytes
+};
+
 }  // namespace louver::cuda
