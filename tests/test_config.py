@@ -15,7 +15,7 @@ def test_defaults() -> None:
     assert dataclasses.asdict(LouverConfig()) == {
         "epsilon": 0.05,
         "min_context": 1024,
-        "min_context_gpu": 40960,
+        "min_context_gpu": 32768,
         "sinks": 4,
         "recent": 64,
         "guarantee": "certified",

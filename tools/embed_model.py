@@ -12,7 +12,9 @@ channels are the small model's and the rest stay zero:
   keys, which the queries' zeros leave without effect on the scores: the index has to bound keys that fill all channels.
   The second half of the values is another head's too, and nobody reads it.
 * The wider feed-forward has more rows that are computed, and nobody reads them.
-* With fewer layers than the small model has, some from its middle are left out. That is the only change to what it says.
+* With fewer layers than the small model has, some from its middle are left out. That changes what it says, and how sharply it
+  attends: SmolLM2-135M without two of its 30 keeps 19.8 % of 7,000 keys where it keeps 11.2 %, or embedded with all 11.9 %.
+  So all of them are the default, although Llama-3.2-3B has 28.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,9 @@ Tensor = tuple[str, Array, gguf.GGMLQuantizationType]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a llama model. Its defaults are Llama-3.2-3B's."""
+    """Of a llama model. Its defaults are Llama-3.2-3B's, but for the layers: 0 stands for as many as the source has."""
 
-    n_layer: int = 28
+    n_layer: int = 0
     n_embd: int = 3072
     n_head: int = 24
     n_head_kv: int = 8
@@ -103,9 +105,11 @@ class Embedding:
     """Puts the tensors of ``source`` into those of ``shape``."""
 
     def __init__(self, source: Source, shape: Shape, kind: str) -> None:
+        small = source.shape
+        if shape.n_layer == 0:
+            shape = replace(shape, n_layer=small.n_layer)
         self.source, self.shape = source, shape
         self.type, self.file_type = TYPES[kind]
-        small = source.shape
         for name in ("n_embd", "n_head", "n_head_kv", "n_ff", "n_vocab"):
             if getattr(shape, name) < getattr(small, name):
                 raise SystemExit(
@@ -243,6 +247,7 @@ def describe(writer: gguf.GGUFWriter, embedding: Embedding, n_ctx: int) -> None:
 def embed(source: Path, out: Path, shape: Shape, kind: str, n_ctx: int) -> Embedding:
     """Write ``out``, or nothing."""
     embedding = Embedding(Source(source), shape, kind)
+    shape = embedding.shape
     unfinished = out.with_name(f"{out.name}.part")
     try:
         writer = gguf.GGUFWriter(unfinished, "llama")
@@ -282,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given['source']} is not a file")
     embedding = embed(given["source"], given["out"], shape, given["type"], given["n_ctx"])
     left_out = ", ".join(map(str, embedding.left_out)) or "none"
-    print(f"{given['out']}: {shape}; layers left out: {left_out}")
+    print(f"{given['out']}: {embedding.shape}; layers left out: {left_out}")
 
 
 if __name__ == "__main__":

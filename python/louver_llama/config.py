@@ -30,7 +30,7 @@ class LouverConfig:
 
     epsilon: float = 0.05
     min_context: int = 1024
-    min_context_gpu: int = 40960
+    min_context_gpu: int = 32768
     sinks: int = 4
     recent: int = 64
     guarantee: Literal["certified", "estimated"] = "certified"

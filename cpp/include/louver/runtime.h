@@ -52,7 +52,7 @@ LOUVER_API void attach();
 struct RuntimeConfig {
     DecodeSettings decode;
     int64_t min_context = 1024;       // with fewer visible cells, our own dense attention runs
-    int64_t min_context_gpu = 40960;  // with fewer cells in use, stock runs on a GPU
+    int64_t min_context_gpu = 32768;  // with fewer cells in use, stock runs on a GPU
     bool enabled = true;
     int64_t n_ctx = 0;  // cells per stream of the context's full cache; smaller caches are sliding windows. 0: unknown
 };

@@ -14,6 +14,7 @@ static_assert(kAttendWarps * 32 == kEncodeThreads && kAttendWarps == kMaxShared)
 struct Shared {
     PartialHead head[kAttendWarps][kMaxShared];
     double kept[kAttendWarps][kMaxShared];
+    float squared[kMaxShared];
     bool is_last;
     // Behind it, [Worker::kWarps] the workers' memory; and of ints
     // [n_group * n_select] survivors of each part of the lists,
@@ -40,13 +41,15 @@ __device__ __forceinline__ Share find_share(const Problem & p, int * parts, int 
         parts[k] = p.n_survivors[k];
     }
     __syncthreads();
-    for (int group = thread; group < p.n_group; group += kAttendWarps * 32) {
+    for (int group = thread / 32; group < p.n_group; group += kAttendWarps) {
         int sum = 0;
-#pragma unroll 4
-        for (int k = 0; k < p.n_select; ++k) {
+        for (int k = lane; k < p.n_select; k += 32) {
             sum += parts[group * p.n_select + k];
         }
-        groups[group] = sum;
+        sum = __reduce_add_sync(~0u, sum);
+        if (lane == 0) {
+            groups[group] = sum;
+        }
     }
     __syncthreads();
     int total = 0;
@@ -82,47 +85,76 @@ __device__ __forceinline__ Share find_share(const Problem & p, int * parts, int 
 }
 
 // What the warps found, as one share of the group; with its part of what select adds for the dropped cells.
-template <int n_channels> __device__ __forceinline__ void merge(const Problem & p, const Share & share, const Shared & s,
-                                                                const float * outputs, size_t stride, int n_query, bool all) {
-    constexpr int kPerQuery = n_channels / 32;
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int number = static_cast<int>(blockIdx.x);
-    const int dim = p.values.dim;
-    const int n_added = !all && p.compensate ? p.n_select : 0;
-#pragma unroll 1
-    for (int item = warp; item < n_query * kPerQuery; item += kAttendWarps) {
-        const int i = item / kPerQuery;
-        const int c = item % kPerQuery * 32 + lane;
-        float added = 0;
+template <int n_channels, int n_most> class Merge {
+  public:
+    // Before the warps meet: what select added is on its way meanwhile.
+    __device__ __forceinline__ Merge(const Problem & p, const Share & share, int n_query, bool all)
+        : p_(p), n_query_(n_query), all_(all) {
+        const int dim = p.values.dim;
+        const int n_added = !all && p.compensate ? p.n_select : 0;
+#pragma unroll
+        for (int item = 0; item < kItems; ++item) {
+            const int i = min(query_of(item), n_query - 1);
+            const int c = min(channel_of(item), dim - 1);
+            added_[item] = 0;
 #pragma unroll 2
-        for (int part = number - share.first; part < n_added; part += share.n) {
-            added += p.added[((static_cast<int64_t>(share.group) * p.n_select + part) * p.n_shared + i) * dim + min(c, dim - 1)];
-        }
-        // What is dropped is relative to the reference, and has to fit into the share's unit.
-        float peak = all ? -infinity() : -100.0f;
-#pragma unroll
-        for (int w = 0; w < kAttendWarps; ++w) {
-            peak = fmaxf(peak, s.head[w][i].peak);
-        }
-        float kept = 0;
-        float sum = n_added > 0 ? added * exp2_fast(-peak) : 0.0f;
-#pragma unroll
-        for (int w = 0; w < kAttendWarps; ++w) {
-            const PartialHead head = s.head[w][i];
-            const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
-            // A NaN has no peak.
-            kept += isnan(head.kept) ? head.kept : head.kept * factor;
-            sum += factor == 0.0f ? 0.0f : outputs[w * stride + static_cast<size_t>(i * n_channels + c)] * factor;
-        }
-        if (c == 0) {
-            p.partial[number * p.n_shared + i] = {peak, kept};
-        }
-        if (c < dim) {
-            p.part[(static_cast<int64_t>(number) * p.n_shared + i) * dim + c] = sum;
+            for (int part = static_cast<int>(blockIdx.x) - share.first; part < n_added; part += share.n) {
+                added_[item] += p.added[((static_cast<int64_t>(share.group) * p.n_select + part) * p.n_shared + i) * dim + c];
+            }
         }
     }
-}
+
+    __device__ __forceinline__ void write(const Shared & s, const float * outputs, size_t stride) const {
+        const int number = static_cast<int>(blockIdx.x);
+        const int dim = p_.values.dim;
+#pragma unroll
+        for (int item = 0; item < kItems; ++item) {
+            const int i = query_of(item);
+            const int c = channel_of(item);
+            if (i >= n_query_) {
+                continue;
+            }
+            // What is dropped is relative to the reference, and has to fit into the share's unit.
+            float peak = all_ ? -infinity() : -100.0f;
+#pragma unroll
+            for (int w = 0; w < kAttendWarps; ++w) {
+                peak = fmaxf(peak, s.head[w][i].peak);
+            }
+            float kept = 0;
+            float sum = added_[item] != 0 ? added_[item] * exp2_fast(-peak) : 0.0f;
+#pragma unroll
+            for (int w = 0; w < kAttendWarps; ++w) {
+                const PartialHead head = s.head[w][i];
+                const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
+                // A NaN has no peak.
+                kept += isnan(head.kept) ? head.kept : head.kept * factor;
+                sum += factor == 0.0f ? 0.0f : outputs[w * stride + static_cast<size_t>(i * n_channels + c)] * factor;
+            }
+            if (c == 0) {
+                p_.partial[number * p_.n_shared + i] = {peak, kept};
+            }
+            if (c < dim) {
+                p_.part[(static_cast<int64_t>(number) * p_.n_shared + i) * dim + c] = sum;
+            }
+        }
+    }
+
+  private:
+    // A warp has 32 channels of a query at a time.
+    static constexpr int kPerQuery = n_channels / 32;
+    static constexpr int kItems = (n_most * kPerQuery + kAttendWarps - 1) / kAttendWarps;
+
+    static __device__ __forceinline__ int number_of(int item) { return static_cast<int>(threadIdx.x) / 32 + item * kAttendWarps; }
+    static __device__ __forceinline__ int query_of(int item) { return number_of(item) / kPerQuery; }
+    static __device__ __forceinline__ int channel_of(int item) {
+        return number_of(item) % kPerQuery * 32 + static_cast<int>(threadIdx.x) % 32;
+    }
+
+    const Problem & p_;
+    int n_query_;
+    bool all_;
+    float added_[kItems];
+};
 
 template <class Worker, DType type, int n_channels, int n_most>
 __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor) attend(const __grid_constant__ Problem p) {
@@ -174,14 +206,14 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     }
     __syncthreads();
     const int32_t * list = p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells;
-    const auto cell_of = [&](int rank) {
+    const auto place_of = [&](int rank) {
         int low = 0;  // the last part that begins at or before the rank
         int high = p.n_select;
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             (before[middle] <= rank ? low : high) = middle;
         }
-        return list[place[low] + rank];
+        return list + place[low] + rank;
     };
     const int row = p.row_of_group(group);
     const std::byte * mask = p.sight[row].plain != 0 || p.mask.data == nullptr
@@ -193,13 +225,14 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     if (works) {
         const int length = share.end - share.begin;
         worker.run(p.first_row(group), p.kv_head_of(group), share.begin + length * warp / Worker::kWarps,
-                   share.begin + length * (warp + 1) / Worker::kWarps, mask, cell_of);
+                   share.begin + length * (warp + 1) / Worker::kWarps, mask, place_of);
         worker.end(s.head[warp], outputs + static_cast<size_t>(warp) * kStride, n_query);
     } else if (lane < n_query) {
         s.head[warp][lane] = {-infinity(), 0};
     }
+    const Merge<n_channels, n_most> merge(p, share, n_query, p.threshold[group * p.n_shared] == kAttendAll);
     __syncthreads();
-    merge<n_channels>(p, share, s, outputs, kStride, n_query, p.threshold[group * p.n_shared] == kAttendAll);
+    merge.write(s, outputs, kStride);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
@@ -211,7 +244,7 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     __syncthreads();
     if (s.is_last) {
         __threadfence();
-        combine_group<n_channels, n_most>(p, group, share.first, share.n, share.n_group, outputs, s.kept);
+        combine_group<n_channels, n_most>(p, group, share.first, share.n, share.n_group, outputs, s.kept, s.squared);
     }
 }
 

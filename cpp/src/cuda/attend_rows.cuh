@@ -85,11 +85,11 @@ template <DType type, int n_channels, int n_most> struct Rows {
     }
 
     // The survivors [begin, end) of the group.
-    template <class CellOf>
-    __device__ void run(int64_t first_row, int kv_head, int begin, int end, const std::byte * mask, const CellOf & cell_of) {
+    template <class PlaceOf>
+    __device__ void run(int64_t first_row, int kv_head, int begin, int end, const std::byte * mask, const PlaceOf & place_of) {
         for (int first = begin; first < end; first += 32) {
             const int rank = first + lane % width * (32 / width) + lane / width;
-            attend(first_row, kv_head, rank < end ? cell_of(rank) : -1, mask);
+            attend(first_row, kv_head, rank < end ? *place_of(rank) : -1, mask);
         }
     }
 

@@ -56,7 +56,8 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
     static constexpr int kPitch = 2 * n_channels + 16;  // so that 8 rows are in different banks
     static constexpr int kSteps = n_channels / 16;
     static constexpr int kBlocksPerProcessor = 1;
-    static constexpr size_t kBytes = size_t{2} * kKeys * kPitch;
+    static constexpr size_t kRowBytes = size_t{2} * kKeys * kPitch;
+    static constexpr size_t kBytes = kRowBytes + 2 * 32 * sizeof(int);
     static_assert(kKeys % 16 == 0 && kKeys <= 32 && kBytes >= sizeof(float) * kMaxShared * n_channels);
     static constexpr float kUnit = Split<type>::kUnit;
     static constexpr int kExtra = Split<type>::kParts > 2 ? kSteps : 1;
@@ -64,6 +65,7 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
     const Problem & p;
     std::byte * keys;
     std::byte * values;
+    int (*cells)[32];  // of the chunks to come, which arrive with rows: an answer takes longer than a chunk
     int lane = static_cast<int>(threadIdx.x) % 32;
 
     // A lane works for the query lane / 4: row lane / 4 of the left operand is its first part, row lane / 4 + 8 its second.
@@ -75,7 +77,8 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
     float kept = 0;
     float output[2 * kSteps][4];
 
-    __device__ Tiles(const Problem & problem, std::byte * memory) : p(problem), keys(memory), values(memory + kKeys * kPitch) {}
+    __device__ Tiles(const Problem & problem, std::byte * memory)
+        : p(problem), keys(memory), values(memory + kKeys * kPitch), cells(reinterpret_cast<int (*)[32]>(memory + kRowBytes)) {}
 
     __device__ void begin(int group) {
         const int i = lane / 4;
@@ -93,7 +96,8 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
                 largest = fmaxf(largest, fabsf(own[t][e]));
             }
         }
-        reference = is_there && !all ? p.reference[group * p.n_shared + i] : 0.0f;
+        const float scanned_with = p.reference[group * p.n_shared + (is_there ? i : 0)];
+        reference = is_there && !all ? scanned_with : 0.0f;
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
         // A power of two that brings the largest element to 2^10 or more, below 2^11.
@@ -140,29 +144,37 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
         }
     }
 
-    // The survivors [begin, end) of the group.
-    template <class CellOf>
-    __device__ void run(int64_t first_row, int kv_head, int begin, int end, const std::byte * mask, const CellOf & cell_of) {
+    // The survivors [begin, end) of the group; place_of says where in global memory the number of a survivor's cell is.
+    template <class PlaceOf>
+    __device__ void run(int64_t first_row, int kv_head, int begin, int end, const std::byte * mask, const PlaceOf & place_of) {
         if (begin >= end) {
             return;
         }
-        const auto cell_at = [&](int first) { return lane < kKeys && first + lane < end ? cell_of(first + lane) : -1; };
-        int cell = cell_at(begin);
+        const auto is_mine = [&](int first) { return lane < kKeys && first + lane < end; };
+        // Every lane asks for what it reads.
+        const auto ask = [&](int first, int slot) {
+            if (is_mine(first)) {
+                copy_async<4>(&cells[slot][lane], place_of(first + lane));
+            }
+        };
+        int cell = is_mine(begin) ? *place_of(begin + lane) : -1;
+        ask(begin + kKeys, 1);
         load(p.keys, first_row, kv_head, cell, keys);
         commit_copies();
         load(p.values, first_row, kv_head, cell, values);
         commit_copies();
-        int next = cell_at(begin + kKeys);
+        int slot = 0;
 #pragma unroll 1
         for (int first = begin; first < end; first += kKeys) {
-            const int after = cell_at(first + 2 * kKeys);
             const bool has_next = first + kKeys < end;
             float weight[kKeys / 8][2];
             wait_for_copies<1>();
             __syncwarp();
             score(weight, first, end, cell, mask);
             __syncwarp();
+            const int next = is_mine(first + kKeys) ? cells[1 - slot][lane] : -1;
             if (has_next) {
+                ask(first + 2 * kKeys, slot);
                 load(p.keys, first_row, kv_head, next, keys);
             }
             commit_copies();
@@ -176,7 +188,7 @@ template <DType type, int n_channels, int n_keys, int n_warps> struct Tiles {
             }
             commit_copies();
             cell = next;
-            next = after;
+            slot = 1 - slot;
         }
         wait_for_copies();
         __syncwarp();

@@ -13,12 +13,6 @@ inline constexpr int kEncoders = 16;  // thread blocks
 inline constexpr double kUniformShare = 0.6;
 inline constexpr uint8_t kStepsWithoutScan = 31;
 
-__device__ inline double dropped_share(double dropped, double kept) {
-    const double most = dropped * (1.0 + kWeightError);
-    const double least = fmax(kept, 0.0) * (1.0 - kWeightError);
-    return most <= 0 ? 0.0 : fmin(1.0, most / (most + least));
-}
-
 __device__ inline void raise(double * most, double value) {  // of non-negative doubles, whose bits rise with them
     atomicMax(reinterpret_cast<unsigned long long *>(most), static_cast<unsigned long long>(__double_as_longlong(value)));
 }
@@ -100,30 +94,35 @@ struct Left {
     }
 };
 
-// Output, certificate and counts of a query, by a warp: sums [kAttendWarps] `stride` floats apart.
-template <int n_channels> __device__ __forceinline__ void combine_query(const Problem & p, int group, int i, int n_attended,
-                                                                        float peak, const Left & left, const float * sums,
-                                                                        int stride, const double (*kept_of_warps)[kMaxShared]) {
+// What the shares of a query kept, in the unit 2^peak.
+struct Kept {
+    double sum = 0;
+    double unit;          // where it is out of range nothing is said of what was dropped, or it counts for less than it is
+    double compensation;  // in the same unit
+
+    __device__ __forceinline__ Kept(const double (*of_warps)[kMaxShared], int i, float peak, const Left & left) {
+        const int exponent = peak == -infinity() ? 0 : static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f));
+        unit = power_of_two(exponent);
+        compensation = left.compensation * power_of_two(-exponent);
+#pragma unroll
+        for (int w = 0; w < kAttendWarps; ++w) {
+            sum += of_warps[w][i];
+        }
+    }
+};
+
+// A query's output, by a warp: sums [kAttendWarps] `stride` floats apart. Returns its squared norm.
+template <int n_channels> __device__ __forceinline__ float write_output(const Problem & p, int group, int i, const Kept & kept,
+                                                                        const float * sums, int stride) {
     constexpr int kQuads = (n_channels + 127) / 128;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int dim = p.values.dim;
-    const int query = group * p.n_shared + i;
-    const int row = p.row_of_group(group);
-    const bool all = left.threshold == kAttendAll;
-    double kept = 0;
-#pragma unroll
-    for (int w = 0; w < kAttendWarps; ++w) {
-        kept += kept_of_warps[w][i];
-    }
-    // 2^peak, a whole number; where it is out of range nothing is said of what was dropped, or it counts for less than it is.
-    const double unit = peak == -infinity() ? 1.0 : power_of_two(static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f)));
-    const double mass = kept + (left.compensation > 0 ? left.compensation / unit : 0.0);
+    const double mass = kept.sum + kept.compensation;
     const float inverse = mass > 0 || isnan(mass) ? 1.0f / static_cast<float>(mass) : 0.0f;  // no visible cell: 0, as stock
-    double squared = 0;
+    float squared = 0;
     float * output = p.output_of(group, i);
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
-        if (const int c = j * 128 + lane * 4; c < dim) {
+        if (const int c = j * 128 + lane * 4; c < p.values.dim) {
             float out[4] = {};
 #pragma unroll
             for (int w = 0; w < kAttendWarps; ++w) {
@@ -137,33 +136,57 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
             for (int e = 0; e < 4; ++e) {
                 out[e] *= inverse;
                 output[c + e] = out[e];
-                squared += static_cast<double>(out[e]) * static_cast<double>(out[e]);
+                squared = fmaf(out[e], out[e], squared);
             }
         }
     }
-    squared = sum_of_warp(squared);
-    if (lane != 0) {
-        return;
-    }
+    return sum_of_warp(squared);
+}
+
+// The certificate, but for the output's norm. By a warp, the same in all lanes.
+struct Certified {
     HeadCertificate certificate;
-    certificate.tau = all ? -infinity() : tau_of(left.threshold, left.reference, p.to_log2);
-    certificate.n_visible = left.n_visible;
-    certificate.n_scanned = left.scanned;
-    certificate.n_attended = n_attended;
-    if (!all && left.dropped > 0) {
+    float bound = 0;  // of the output's error, relative to the values' and the output's norm
+
+    __device__ __forceinline__ Certified(const Problem & p, const Kept & kept, const Left & left, int n_attended) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const bool all = left.threshold == kAttendAll;
+        certificate.tau = all ? -infinity() : tau_of(left.threshold, left.reference, p.to_log2);
+        certificate.n_visible = left.n_visible;
+        certificate.n_scanned = left.scanned;
+        certificate.n_attended = n_attended;
+        if (all || !(left.dropped > 0)) {
+            return;
+        }
         // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
         // dropped cells leave of the oracle's bound.
         const double error = score_error(left.query_norm, left.key_norm, p.keys.dim, p.to_log2);
-        const double scored = kept * unit * fmax(1.0 - 0.6931472 * error, 0.0);  // 2^-error is no less
+        const double scored = kept.sum * kept.unit * fmax(1.0 - 0.6931472 * error, 0.0);  // 2^-error is no less
         const double rest = left.least * (1.0 - kWeightError) - left.dropped * (1.0 + kWeightError);
         const double least = fmax(scored, rest);
-        const double share = dropped_share(left.dropped, least) * (1 + 0x1p-20);
-        certificate.delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
         const double upper = left.dropped * (1.0 + kWeightError);
         const double added = left.compensation * (1.0 + kWeightError);
-        const double bound = fmax((added + upper) / (least + upper), added / fmax(least, 1e-300));
-        certificate.error_bound =
-            static_cast<float>((static_cast<double>(left.value_norm) + sqrt(squared)) * bound * (1 + 0x1p-20));
+        // Three quotients, a lane to each: one after another they take a microsecond.
+        const double above = lane == 0 ? upper : lane == 1 ? added + upper : added;
+        const double below = lane == 0   ? upper + fmax(least, 0.0) * (1.0 - kWeightError)
+                             : lane == 1 ? least + upper
+                                         : fmax(least, 1e-300);
+        const double quotient = above / below * (1 + 0x1p-20);
+        const double share = __shfl_sync(~0u, quotient, 0);
+        certificate.delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
+        bound = static_cast<float>(fmax(__shfl_sync(~0u, quotient, 1), __shfl_sync(~0u, quotient, 2))) * kNormInflation;
+    }
+};
+
+// The rest of it and the counts, by a thread.
+__device__ __forceinline__ void write_certificate(const Problem & p, int group, int i, Certified & certified, const Left & left,
+                                                  float squared) {
+    HeadCertificate & certificate = certified.certificate;
+    const int query = group * p.n_shared + i;
+    const int row = p.row_of_group(group);
+    const bool all = left.threshold == kAttendAll;
+    if (certified.bound > 0) {
+        certificate.error_bound = (left.value_norm + sqrtf(squared)) * kNormInflation * certified.bound;
     }
     p.certificates[static_cast<int64_t>(row) * p.n_head + p.head_of(group, i)] = certificate;
 
@@ -213,10 +236,10 @@ template <int n_channels> __device__ __forceinline__ void combine_query(const Pr
 }
 
 // By a whole thread block, once all shares [first, first + n_shares) of the group are there. Scratch: sums [kAttendWarps][n_most]
-// [n_channels], kept [kAttendWarps].
-template <int n_channels, int n_most> __device__ __forceinline__ void combine_group(const Problem & p, int group, int first,
-                                                                                    int n_shares, int n_attended, float * sums,
-                                                                                    double (*kept_of_warps)[kMaxShared]) {
+// [n_channels], kept_of_warps [kAttendWarps], squared.
+template <int n_channels, int n_most>
+__device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n_shares, int n_attended, float * sums,
+                                              double (*kept_of_warps)[kMaxShared], float (&squared)[kMaxShared]) {
     constexpr int kQuads = (n_channels + 127) / 128;  // 4 channels to a lane, 128 apart
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -228,8 +251,13 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
             __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(first + share) * p.n_shared + i));
         return PartialHead{of.x, of.y};
     };
+    // In the end a warp has the output of a query, and another one its certificate, if there are as many.
+    constexpr int kQueries = n_most <= kAttendWarps / 2 ? kAttendWarps / 2 : kAttendWarps;
+    const int query = warp % kQueries;
+    const bool writes = query < n_query && warp == query;
+    const bool certifies = query < n_query && warp + kQueries >= kAttendWarps;
     // Where there is no query, share or channel, another is read and not taken: no load waits for a branch.
-    Left left(p, group, min(warp, n_query - 1));
+    Left left(p, group, min(query, n_query - 1));
     float peak[n_most];
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
@@ -287,11 +315,11 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
             }
         }
     }
-    left.end(p, group, min(warp, n_query - 1));
+    left.end(p, group, min(query, n_query - 1));
     float own_peak = 0;
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
-        own_peak = i == warp ? peak[i] : own_peak;
+        own_peak = i == query ? peak[i] : own_peak;
         if (i < n_query) {
 #pragma unroll
             for (int j = 0; j < kQuads; ++j) {
@@ -305,9 +333,17 @@ template <int n_channels, int n_most> __device__ __forceinline__ void combine_gr
         }
     }
     __syncthreads();
-    if (warp < n_query) {
-        combine_query<n_channels>(p, group, warp, n_attended, own_peak, left, sums + warp * n_channels, n_most * n_channels,
-                                  kept_of_warps);
+    const Kept all_kept(kept_of_warps, min(query, n_query - 1), own_peak, left);
+    if (writes) {
+        const float norm = write_output<n_channels>(p, group, query, all_kept, sums + query * n_channels, n_most * n_channels);
+        if (lane == 0) {
+            squared[query] = norm;
+        }
+    }
+    Certified certified(p, all_kept, left, n_attended);
+    __syncthreads();
+    if (certifies && lane == 0) {
+        write_certificate(p, group, query, certified, left, squared[query]);
     }
 }
 

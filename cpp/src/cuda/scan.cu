@@ -181,10 +181,13 @@ __device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Planes
     stage.codes_here[at].commit(kBytes);
 }
 
-// A block's grid; and of its BlockBounds, which are too small for a copy, each lane one number.
-template <int n_tiles> __device__ __forceinline__ float fetch_grid(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
+template <int n_tiles> __device__ __forceinline__ void fetch_grid(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
     stage.grid_here.copy(stage.grid, planes.center_of(slot), sizeof(stage.grid));
     stage.grid_here.commit(sizeof(stage.grid));
+}
+
+// Of a block's BlockBounds, which are too small for a copy, each lane has one number.
+__device__ __forceinline__ float bound_of(const Planes & planes, int64_t slot) {
     constexpr int kBounds = sizeof(BlockBounds) / sizeof(float);
     return reinterpret_cast<const float *>(planes.bounds + slot)[min(static_cast<int>(threadIdx.x) % 32, kBounds - 1)];
 }
@@ -439,10 +442,10 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const Words second = words_of(block - stride);
     uint64_t cells = first.cells();
     uint64_t next_cells = second.cells();
-    float bound = 0;
+    float bound = block >= 0 ? bound_of(p.planes, first_slot + block) : 0.0f;
     const auto stream = [&] {
         if (cells != 0) {
-            bound = fetch_grid(stage, p.planes, first_slot + block);
+            fetch_grid(stage, p.planes, first_slot + block);
 #pragma unroll
             for (int part = 0; part < Stage<n_tiles>::kSlots; ++part) {
                 fetch_codes(stage, p.planes, first_slot + block, part);
@@ -533,7 +536,8 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
             if ((r + 1) % kOfPart == 0) {
                 __syncwarp();  // all lanes have read the part, and the grid
                 if (part == 0 && next_cells != 0) {
-                    bound = fetch_grid(stage, p.planes, first_slot + next);
+                    fetch_grid(stage, p.planes, first_slot + next);
+                    bound = bound_of(p.planes, first_slot + next);
                 }
                 const int later = part + Stage<n_tiles>::kSlots;
                 const bool is_of_next = later >= Stage<n_tiles>::kParts;
