@@ -185,7 +185,7 @@ __device__ __forceinline__ void write_certificate(const Problem & p, int group, 
     const int query = group * p.n_shared + i;
     const int row = p.row_of_group(group);
     const bool all = left.threshold == kAttendAll;
-    if (certified.bound > 0) {
+    if (certified.bound != 0) {  // NaN stays NaN
         certificate.error_bound = (left.value_norm + sqrtf(squared)) * kNormInflation * certified.bound;
     }
     p.certificates[static_cast<int64_t>(row) * p.n_head + p.head_of(group, i)] = certificate;
