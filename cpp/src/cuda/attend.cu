@@ -1,50 +1,72 @@
 // Exact attention over the survivors of all groups, in even shares, a thread block to each; a share is of one group, its warps
-// take a run of the list each. The last thread block of a group to end its share puts the group together.
+// take a run of the list each, and others see to a part of what the group drops. The last thread block of a group to end its
+// share puts the group together.
 #include "cuda/attend_rows.cuh"
 #include "cuda/attend_tiles.cuh"
 #include "cuda/combine.cuh"
+#include "cuda/drop.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch.h"
 
 namespace louver::cuda {
 namespace {
 
-static_assert(kAttendWarps * 32 == kEncodeThreads && kAttendWarps == kMaxShared);
+template <class Worker> constexpr int kAttendWarps = Worker::kWarps + kDropWarps;
+template <class Worker> constexpr int kAttendThreads = 32 * kAttendWarps<Worker>;
 
-struct Shared {
-    PartialHead head[kAttendWarps][kMaxShared];
-    double kept[kAttendWarps][kMaxShared];
-    float squared[kMaxShared];
+template <class Worker> struct Shared {
+    DropShared drop;
+    PartialHead head[Worker::kWarps][kMaxShared];
+    CombineShared combine;
     bool is_last;
-    // Behind it, [Worker::kWarps] the workers' memory; and of ints
+    // Behind it the workers' memory, [Worker::kWarps] and [kDropWarps]; and of ints
     // [n_group * n_select] survivors of each part of the lists,
     // [n_group] of each group,
     // [n_select + 1] before each part of this group's list, and [n_select] where the part lies, less that.
+    // In the place of all this in the end floats [n_most][n_attend].
 };
-constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
+template <class Worker> constexpr size_t kSharedBytes = (sizeof(Shared<Worker>) + 15) / 16 * 16;
 
-// Part of a group's survivors.
+// Part of a group's survivors, and of the blocks whose other cells are dropped.
 struct Share {
-    int group;  // -1: there are fewer shares than thread blocks
-    int first;  // number of the group's first share,
-    int n;      // and how many it has: 1 at least
+    SharesOfGroup of;
+    int number;  // among these
     int begin;
     int end;
-    int n_group;  // survivors of the group
 };
+
+// Survivors to a share, so that there are as many shares as thread blocks at most: every group's last one may be short, and no
+// group has fewer than it takes to see to what it drops.
+__device__ __forceinline__ int share_length(const Problem & p, const int * groups) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int length = 0;;) {
+        int total = 0;
+        int n_large = 0;
+        for (int group = lane; group < p.n_group; group += 32) {
+            const bool is_large = groups[group] > p.least_shares * length;
+            total += is_large ? groups[group] : 0;
+            n_large += is_large ? 1 : 0;
+        }
+        total = __reduce_add_sync(~0u, total);
+        n_large = __reduce_add_sync(~0u, n_large);
+        const int n_even = p.n_attend - n_large - (p.n_group - n_large) * p.least_shares;
+        const int longer = max((total + n_even - 1) / n_even, 1);
+        if (longer <= length) {
+            return length;
+        }
+        length = longer;
+    }
+}
 
 // By a whole thread block.
 __device__ __forceinline__ Share find_share(const Problem & p, int * parts, int * groups) {
     const int thread = static_cast<int>(threadIdx.x);
     const int lane = thread % 32;
-    for (int k = thread; k < p.n_group * p.n_select; k += kAttendWarps * 32) {
-        parts[k] = p.n_survivors[k];
-    }
-    __syncthreads();
-    for (int group = thread / 32; group < p.n_group; group += kAttendWarps) {
+    for (int group = thread / 32; group < p.n_group; group += static_cast<int>(blockDim.x) / 32) {
         int sum = 0;
-        for (int k = lane; k < p.n_select; k += 32) {
-            sum += parts[group * p.n_select + k];
+        for (int k = group * p.n_select + lane; k < (group + 1) * p.n_select; k += 32) {
+            parts[k] = p.n_survivors[k];
+            sum += parts[k];
         }
         sum = __reduce_add_sync(~0u, sum);
         if (lane == 0) {
@@ -52,142 +74,103 @@ __device__ __forceinline__ Share find_share(const Problem & p, int * parts, int 
         }
     }
     __syncthreads();
-    int total = 0;
-    for (int group = lane; group < p.n_group; group += 32) {
-        total += groups[group];
-    }
-    total = __reduce_add_sync(~0u, total);
-    // Every group's last share may be a short one.
-    const int n_even = p.n_attend - p.n_group;
-    const int length = max((total + n_even - 1) / n_even, 1);
+    const int length = share_length(p, groups);
     const int number = static_cast<int>(blockIdx.x);
     int before = 0;
     for (int first = 0; first < p.n_group; first += 32) {
         const int group = first + lane;
         const int survivors = group < p.n_group ? groups[group] : 0;
-        const int n = group < p.n_group ? max((survivors + length - 1) / length, 1) : 0;
+        const int n = group < p.n_group ? max((survivors + length - 1) / length, p.least_shares) : 0;
         const int place = before + exclusive_sum(n);
         const unsigned own = __ballot_sync(~0u, place <= number && number < place + n);
         if (own != 0) {
             const int from = __ffs(static_cast<int>(own)) - 1;
             Share share;
-            share.group = first + from;
-            share.first = __shfl_sync(~0u, place, from);
-            share.n = __shfl_sync(~0u, n, from);
-            share.n_group = __shfl_sync(~0u, survivors, from);
-            share.begin = (number - share.first) * length;
-            share.end = min(share.begin + length, share.n_group);
+            share.of = {first + from, __shfl_sync(~0u, place, from), __shfl_sync(~0u, n, from),
+                        __shfl_sync(~0u, survivors, from)};
+            share.number = number - share.of.first;
+            share.begin = min(share.number * length, share.of.survivors);
+            share.end = min(share.begin + length, share.of.survivors);
             return share;
         }
         before += __reduce_add_sync(~0u, n);
     }
-    return {-1, 0, 0, 0, 0, 0};
+    return {{-1, 0, 0, 0}, 0, 0, 0};
 }
 
-// What the warps found, as one share of the group; with its part of what select adds for the dropped cells.
-template <int n_channels, int n_most> class Merge {
-  public:
-    // Before the warps meet: what select added is on its way meanwhile.
-    __device__ __forceinline__ Merge(const Problem & p, const Share & share, int n_query, bool all)
-        : p_(p), n_query_(n_query), all_(all) {
-        const int dim = p.values.dim;
-        const int n_added = !all && p.compensate ? p.n_select : 0;
+// What the warps found, as one share of the group: heads, and outputs [Worker::kWarps] that are `stride` floats apart; with what
+// is added for the dropped cells, [kDropWarps][n_most][n_channels].
+template <class Worker, int n_channels, int n_most>
+__device__ __forceinline__ void write_share(const Problem & p, int n_query, const Shared<Worker> & s, const float * outputs,
+                                            size_t stride, const float * added) {
+    const int64_t number = static_cast<int64_t>(blockIdx.x) * p.n_shared;
+    const int dim = p.values.dim;
+    for (int k = static_cast<int>(threadIdx.x); k < n_query * n_channels; k += kAttendThreads<Worker>) {
+        const int i = k / n_channels;
+        const int c = k % n_channels;
+        float sum = 0;
 #pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-            const int i = min(query_of(item), n_query - 1);
-            const int c = min(channel_of(item), dim - 1);
-            added_[item] = 0;
-#pragma unroll 2
-            for (int part = static_cast<int>(blockIdx.x) - share.first; part < n_added; part += share.n) {
-                added_[item] += p.added[((static_cast<int64_t>(share.group) * p.n_select + part) * p.n_shared + i) * dim + c];
+        for (int w = 0; w < kDropWarps; ++w) {
+            sum += added[w * n_most * n_channels + k];
+        }
+        // What is dropped is relative to the reference, and has to fit into the share's unit.
+        float peak = sum != 0 ? -100.0f : -infinity();
+#pragma unroll
+        for (int w = 0; w < Worker::kWarps; ++w) {
+            peak = fmaxf(peak, s.head[w][i].peak);
+        }
+        float kept = 0;
+        sum = sum != 0 ? sum * exp2_fast(-peak) : 0.0f;
+#pragma unroll
+        for (int w = 0; w < Worker::kWarps; ++w) {
+            const PartialHead head = s.head[w][i];
+            const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
+            // A NaN has no peak.
+            kept += isnan(head.kept) ? head.kept : head.kept * factor;
+            sum += factor == 0.0f ? 0.0f : outputs[static_cast<size_t>(w) * stride + static_cast<size_t>(k)] * factor;
+        }
+        if (c < dim) {
+            p.part[(number + i) * dim + c] = sum;
+        }
+        if (c == 0) {
+            p.partial[number + i] = {peak, kept};
+            float dropped = 0;
+            float compensation = 0;
+#pragma unroll
+            for (int w = 0; w < kDropWarps; ++w) {
+                dropped += s.drop.dropped[w][i];
+                compensation += s.drop.compensation[w][i];
             }
+            p.dropped[number + i] = dropped * kEdgeFactor;
+            p.compensation[number + i] = compensation;
         }
     }
-
-    __device__ __forceinline__ void write(const Shared & s, const float * outputs, size_t stride) const {
-        const int number = static_cast<int>(blockIdx.x);
-        const int dim = p_.values.dim;
+    if (threadIdx.x == 0) {
+        float longest = 0;
 #pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-            const int i = query_of(item);
-            const int c = channel_of(item);
-            if (i >= n_query_) {
-                continue;
-            }
-            // What is dropped is relative to the reference, and has to fit into the share's unit.
-            float peak = all_ ? -infinity() : -100.0f;
-#pragma unroll
-            for (int w = 0; w < kAttendWarps; ++w) {
-                peak = fmaxf(peak, s.head[w][i].peak);
-            }
-            float kept = 0;
-            float sum = added_[item] != 0 ? added_[item] * exp2_fast(-peak) : 0.0f;
-#pragma unroll
-            for (int w = 0; w < kAttendWarps; ++w) {
-                const PartialHead head = s.head[w][i];
-                const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
-                // A NaN has no peak.
-                kept += isnan(head.kept) ? head.kept : head.kept * factor;
-                sum += factor == 0.0f ? 0.0f : outputs[w * stride + static_cast<size_t>(i * n_channels + c)] * factor;
-            }
-            if (c == 0) {
-                p_.partial[number * p_.n_shared + i] = {peak, kept};
-            }
-            if (c < dim) {
-                p_.part[(static_cast<int64_t>(number) * p_.n_shared + i) * dim + c] = sum;
-            }
+        for (int w = 0; w < kDropWarps; ++w) {
+            longest = fmaxf(longest, s.drop.value_norm[w]);
         }
+        p.value_norm[blockIdx.x] = longest;
     }
+}
 
-  private:
-    // A warp has 32 channels of a query at a time.
-    static constexpr int kPerQuery = n_channels / 32;
-    static constexpr int kItems = (n_most * kPerQuery + kAttendWarps - 1) / kAttendWarps;
+// Where the survivors of a group are in its list, by their rank; by a whole thread block, which has to meet before it is used.
+struct Places {
+    const int32_t * list;
+    int n_parts;
+    int * before;
+    int * place;
 
-    static __device__ __forceinline__ int number_of(int item) { return static_cast<int>(threadIdx.x) / 32 + item * kAttendWarps; }
-    static __device__ __forceinline__ int query_of(int item) { return number_of(item) / kPerQuery; }
-    static __device__ __forceinline__ int channel_of(int item) {
-        return number_of(item) % kPerQuery * 32 + static_cast<int>(threadIdx.x) % 32;
-    }
-
-    const Problem & p_;
-    int n_query_;
-    bool all_;
-    float added_[kItems];
-};
-
-template <class Worker, DType type, int n_channels, int n_most>
-__global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor) attend(const __grid_constant__ Problem p) {
-    wait_for_previous();
-    std::byte * memory = shared_memory();
-    if (static_cast<int>(blockIdx.x) >= p.n_attend) {
-        encode_pending<type>(p, static_cast<int>(blockIdx.x) - p.n_attend, *reinterpret_cast<EncodeShared *>(memory));
-        return;
-    }
-    Shared & s = *reinterpret_cast<Shared *>(memory);
-    std::byte * regions = memory + kSharedBytes;
-    int * parts = reinterpret_cast<int *>(regions + Worker::kWarps * Worker::kBytes);
-    int * groups = parts + p.n_group * p.n_select;
-    int * before = groups + p.n_group;
-    int * place = before + p.n_select + 1;
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const Share share = find_share(p, parts, groups);
-    if (share.group < 0) {
-        return;
-    }
-    const int group = share.group;
-    // Cleared for the next step: select is through with them, and a scan that was given up has counted too.
-    if (share.first == static_cast<int>(blockIdx.x)) {
-        for (int k = static_cast<int>(threadIdx.x); k < p.n_shared * kBins; k += kAttendWarps * 32) {
-            p.histogram[static_cast<int64_t>(group) * p.n_shared * kBins + k] = 0;
+    __device__ __forceinline__ Places(const Problem & p, int group, const int * parts, int * memory)
+        : list(p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells),
+          n_parts(p.n_select),
+          before(memory),
+          place(memory + p.n_select + 1) {
+        const int lane = static_cast<int>(threadIdx.x);
+        if (lane >= 32) {
+            return;
         }
-        if (static_cast<int>(threadIdx.x) < p.n_shared) {
-            p.lower[group * p.n_shared + static_cast<int>(threadIdx.x)] = {0, 0};
-        }
-    }
-    Worker worker(p, regions + static_cast<size_t>(warp) * Worker::kBytes);
-    if (warp == 0) {
         int sum = 0;
         for (int first = 0; first < p.n_select; first += 32) {
             const int part = first + lane;
@@ -200,43 +183,80 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
             sum += __reduce_add_sync(~0u, n);
         }
     }
-    const bool works = warp < Worker::kWarps;
-    if (works) {
-        worker.begin(group);
-    }
-    __syncthreads();
-    const int32_t * list = p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells;
-    const auto place_of = [&](int rank) {
+
+    __device__ __forceinline__ const int32_t * operator()(int rank) const {
         int low = 0;  // the last part that begins at or before the rank
-        int high = p.n_select;
+        int high = n_parts;
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             (before[middle] <= rank ? low : high) = middle;
         }
         return list + place[low] + rank;
-    };
-    const int row = p.row_of_group(group);
-    const std::byte * mask = p.sight[row].plain != 0 || p.mask.data == nullptr
-                                 ? nullptr
-                                 : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
-    const int n_query = p.n_query_of(group);
-    float * outputs = reinterpret_cast<float *>(regions);
-    constexpr size_t kStride = Worker::kBytes / sizeof(float);
-    if (works) {
-        const int length = share.end - share.begin;
-        worker.run(p.first_row(group), p.kv_head_of(group), share.begin + length * warp / Worker::kWarps,
-                   share.begin + length * (warp + 1) / Worker::kWarps, mask, place_of);
-        worker.end(s.head[warp], outputs + static_cast<size_t>(warp) * kStride, n_query);
-    } else if (lane < n_query) {
-        s.head[warp][lane] = {-infinity(), 0};
     }
-    const Merge<n_channels, n_most> merge(p, share, n_query, p.threshold[group * p.n_shared] == kAttendAll);
+};
+
+template <class Worker, DType type, int n_channels, int n_most> __global__ void __launch_bounds__(kAttendThreads<Worker>, 1)
+    attend(const __grid_constant__ Problem p) {
+    std::byte * memory = shared_memory();
+    Shared<Worker> & s = *reinterpret_cast<Shared<Worker> *>(memory);
+    const int number = static_cast<int>(blockIdx.x);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / 32;
+    if (number < p.n_attend) {
+        fill_edges(s.drop);
+    }
+    wait_for_previous();
+    if (number >= p.n_attend) {
+        if (thread < kEncodeThreads) {
+            encode_pending<type>(p, number - p.n_attend, *reinterpret_cast<EncodeShared *>(memory));
+        }
+        return;
+    }
+    float * outputs = reinterpret_cast<float *>(memory + kSharedBytes<Worker>);
+    constexpr size_t kStride = Worker::kBytes / sizeof(float);
+    float * added = outputs + Worker::kWarps * kStride;
+    int * parts = reinterpret_cast<int *>(added + kDropWarps * n_most * n_channels);
+    int * groups = parts + p.n_group * p.n_select;
+    const Share share = find_share(p, parts, groups);
+    if (share.of.group < 0) {
+        return;
+    }
+    const int group = share.of.group;
+    const Places place_of(p, group, parts, groups + p.n_group);
+    if (share.number == 0) {
+        // Cleared for the next step: select is through with them, and a scan that was given up has counted too.
+        for (int k = thread; k < p.n_shared * kBins; k += kAttendThreads<Worker>) {
+            p.histogram[static_cast<int64_t>(group) * p.n_shared * kBins + k] = 0;
+        }
+        if (thread < p.n_shared) {
+            p.lower[group * p.n_shared + thread] = {0, 0};
+        }
+    }
     __syncthreads();
-    merge.write(s, outputs, kStride);
+    if (warp < Worker::kWarps) {
+        const int row = p.row_of_group(group);
+        const std::byte * mask =
+            p.sight[row].plain != 0 || p.mask.data == nullptr
+                ? nullptr
+                : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
+        const int length = share.end - share.begin;
+        float * output = outputs + static_cast<size_t>(warp) * kStride;
+        Worker worker(p, reinterpret_cast<std::byte *>(output));
+        worker.run(group, share.begin + length * warp / Worker::kWarps, share.begin + length * (warp + 1) / Worker::kWarps, mask,
+                   place_of);
+        worker.end(s.head[warp], output, p.n_query_of(group));
+    } else {
+        const int worker = warp - Worker::kWarps;
+        const auto block = [&](int which) { return static_cast<int>(static_cast<int64_t>(p.n_blocks) * which / share.of.n); };
+        const Drop<n_most, n_channels> drop(p, group);
+        drop.run(block(share.number), block(share.number + 1), worker, s.drop, added + worker * n_most * n_channels);
+    }
     __syncthreads();
-    if (threadIdx.x == 0) {
+    write_share<Worker, n_channels, n_most>(p, p.n_query_of(group), s, outputs, kStride, added);
+    __syncthreads();
+    if (thread == 0) {
         __threadfence();
-        s.is_last = atomicAdd(&p.arrived[group], 1) == share.n - 1;
+        s.is_last = atomicAdd(&p.arrived[group], 1) == share.of.n - 1;
         if (s.is_last) {
             p.arrived[group] = 0;
         }
@@ -244,24 +264,28 @@ __global__ void __launch_bounds__(kAttendWarps * 32, Worker::kBlocksPerProcessor
     __syncthreads();
     if (s.is_last) {
         __threadfence();
-        combine_group<n_channels, n_most>(p, group, share.first, share.n, share.n_group, outputs, s.kept, s.squared);
+        combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, share.of, s.combine, outputs);
     }
 }
 
 template <class Worker, int n_channels, int n_most> size_t bytes_of(const Problem & p) {
-    constexpr size_t kRegions = Worker::kWarps * Worker::kBytes;
-    static_assert(kRegions >= sizeof(float) * kAttendWarps * n_most * n_channels);  // where a group is put together in the end
-    const size_t ints = static_cast<size_t>(p.n_group * p.n_select + p.n_group + 2 * p.n_select + 1);
-    return std::max(kSharedBytes + kRegions + ints * sizeof(int), sizeof(EncodeShared));
+    constexpr size_t kRegions = Worker::kWarps * Worker::kBytes + kDropWarps * Drop<n_most, n_channels>::kBytes;
+    static_assert(kAttendThreads<Worker> >= kEncodeThreads);
+    const size_t ints = static_cast<size_t>(p.n_group * p.n_select + p.n_group + 2 * p.n_select + 1) * sizeof(int);
+    const size_t factors = static_cast<size_t>(n_most * p.n_attend) * sizeof(float);
+    return std::max(kSharedBytes<Worker> + std::max(kRegions + ints, factors), sizeof(EncodeShared));
 }
 
 // f.template operator()<Worker, type, n_channels, n_most>(), whose bytes of shared memory the device has if there is such a
 // worker.
 template <DType type, int n_channels, class F> void with_worker(const Problem & p, F && f) {
     if constexpr (on_tensor_cores(type)) {
-        using Small = Tiles<type, n_channels, n_channels <= 64 ? 32 : 16, n_channels <= 128 ? 8 : 4>;
-        using Large = Tiles<type, n_channels, n_channels <= 128 ? 32 : 16, 8>;
         const auto with = [&]<int n_most>() {
+            // As many warps as the registers hold, which a quarter of a thread's numbers of queries and outputs takes.
+            constexpr int kNumbers = n_channels * n_most * Split<type>::kParts / 8;
+            constexpr int kWarps = kNumbers <= 128 ? 12 : kNumbers <= 256 ? 8 : 4;
+            using Large = Tiles<type, n_channels, n_most, 16, kWarps>;
+            using Small = Tiles<type, n_channels, n_most, 16, kWarps == 4 ? 4 : n_channels <= 128 ? 8 : 4>;
             if (bytes_of<Large, n_channels, n_most>(p) <= p.most_shared) {
                 f.template operator()<Large, type, n_channels, n_most>();
             } else {
@@ -295,7 +319,7 @@ void launch_attend(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_attend + kEncoders));
     with_worker(p, [&]<class Worker, DType type, int n_channels, int n_most>() {
         launch_kernel(attend<Worker, type, n_channels, n_most>,
-                      {grid, kAttendWarps * 32, bytes_of<Worker, n_channels, n_most>(p), p.overlaps}, stream, p);
+                      {grid, kAttendThreads<Worker>, bytes_of<Worker, n_channels, n_most>(p), p.overlaps}, stream, p);
     });
 }
 

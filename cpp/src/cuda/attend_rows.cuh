@@ -41,11 +41,10 @@ __device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
 
 // n_most: queries to a group.
 template <DType type, int n_channels, int n_most> struct Rows {
-    static constexpr int kWarps = 8;
+    static constexpr int kWarps = n_most <= 4 ? 12 : 4;
     static constexpr int width = n_channels / 8;  // lanes to a row
     // Rows in flight: as many as the registers hold.
     static constexpr int kAhead = 4;
-    static constexpr int kBlocksPerProcessor = n_most <= 4 ? 2 : 1;
     static constexpr size_t kBytes = sizeof(float) * n_most * n_channels;
 
     const Problem & p;
@@ -62,7 +61,7 @@ template <DType type, int n_channels, int n_most> struct Rows {
 
     __device__ Rows(const Problem & problem, std::byte *) : p(problem) {}
 
-    __device__ void begin(int group) {
+    __device__ __forceinline__ void load_queries(int group) {
         const int n_query = p.n_query_of(group);
         const bool all = p.threshold[group * p.n_shared] == kAttendAll;
         const float * first = p.query_of(group, 0);
@@ -86,7 +85,10 @@ template <DType type, int n_channels, int n_most> struct Rows {
 
     // The survivors [begin, end) of the group.
     template <class PlaceOf>
-    __device__ void run(int64_t first_row, int kv_head, int begin, int end, const std::byte * mask, const PlaceOf & place_of) {
+    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of) {
+        const int64_t first_row = p.first_row(group);
+        const int kv_head = p.kv_head_of(group);
+        load_queries(group);
         for (int first = begin; first < end; first += 32) {
             const int rank = first + lane % width * (32 / width) + lane / width;
             attend(first_row, kv_head, rank < end ? *place_of(rank) : -1, mask);

@@ -251,10 +251,10 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const size_t g = static_cast<size_t>(room.n_group);
     const size_t blocks = static_cast<size_t>(room.n_blocks);
     const size_t cells = blocks * kBlockCells;
-    // Thread blocks of all groups together, of the kind of which there are most.
+    // Parts of all groups together, of the kind of which there are most.
     const size_t parts = static_cast<size_t>(2 * n_processors_) + g * (2 + (blocks + kMostShare - 1) / kMostShare);
     const size_t bytes = q * (kBins * 4 + 64 + cells + blocks * 4) + g * (64 + cells * 4 + cells / 8) +
-                         parts * kMaxShared * (static_cast<size_t>(room.value_dim) * 8 + 64) +
+                         parts * kMaxShared * (static_cast<size_t>(room.value_dim) * 4 + 64) +
                          static_cast<size_t>(room.n_slot) * 4 +
                          static_cast<size_t>(room.n_row) * (sizeof(Sight) + (blocks + 1) * 8) + 32 * 256;
     const OnDevice on(device_);
@@ -322,6 +322,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const size_t n_scan = static_cast<size_t>(p.n_scan);
     const size_t n_select = static_cast<size_t>(p.n_select);
     const size_t shares = static_cast<size_t>(p.n_attend);
+    const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(p.values.dim);
     p.pending = parts.take<int32_t>(static_cast<size_t>(s.room.n_slot));
     p.query_norm = parts.take<float>(q);
@@ -335,12 +336,11 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.n_survivors = parts.take<int32_t>(g * n_select);
-    p.dropped = parts.take<float>(q * n_select);
-    p.compensation = parts.take<float>(q * n_select);
-    p.value_norm = parts.take<float>(g * n_select);
-    p.added = parts.take<float>(q * n_select * value_dim);
-    p.partial = parts.take<PartialHead>(shares * static_cast<size_t>(p.n_shared));
-    p.part = parts.take<float>(shares * static_cast<size_t>(p.n_shared) * value_dim);
+    p.dropped = parts.take<float>(shares * n_shared);
+    p.compensation = parts.take<float>(shares * n_shared);
+    p.value_norm = parts.take<float>(shares);
+    p.partial = parts.take<PartialHead>(shares * n_shared);
+    p.part = parts.take<float>(shares * n_shared * value_dim);
     if (parts.bytes() > s.memory.bytes()) {
         throw Error("louver: the CUDA workspace is smaller than an op needs (" + std::to_string(s.memory.bytes()) + " of " +
                     std::to_string(parts.bytes()) + " bytes)");

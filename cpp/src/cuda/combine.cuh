@@ -7,7 +7,6 @@
 
 namespace louver::cuda {
 
-inline constexpr int kAttendWarps = 8;
 inline constexpr int kEncoders = 16;  // thread blocks
 // Of the visible keys: above it a head is cheaper without a scan, which reads about a quarter of what dense attention reads.
 inline constexpr double kUniformShare = 0.6;
@@ -21,7 +20,16 @@ __device__ __forceinline__ double power_of_two(int exponent) {
     return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
 }
 
-// What the kernels before left of a query, by a warp: everything is under way at once, and added up when it is needed.
+// The shares of a group.
+struct SharesOfGroup {
+    int group;  // -1: none
+    int first;
+    int n;
+    int survivors;
+};
+
+// What the kernels before and the shares left of a query, by a warp: everything is under way at once, and added up when it is
+// needed.
 struct Left {
     static constexpr int kAtOnce = 2;  // parts to a lane
 
@@ -38,7 +46,8 @@ struct Left {
     float value_norm = 0;
     int scanned = 0;
 
-    __device__ __forceinline__ Left(const Problem & p, int group, int i) {
+    __device__ __forceinline__ Left(const Problem & p, const SharesOfGroup & of, int i) {
+        const int group = of.group;
         const int query = group * p.n_shared + i;
         threshold = p.threshold[query];
         n_visible = p.sight[p.row_of_group(group)].n_visible;
@@ -47,47 +56,50 @@ struct Left {
         reference = p.reference[query];
         query_norm = p.query_norm[query];
         least = p.least[query];
-        add(p, group, i, 0);
+        add(p, of, i, 0);
     }
 
     // Parts [first, first + 32 * kAtOnce). Where there is none, another is read and not taken.
-    __device__ __forceinline__ void add(const Problem & p, int group, int i, int first) {
+    __device__ __forceinline__ void add(const Problem & p, const SharesOfGroup & of, int i, int first) {
         float parts[kAtOnce][4];
         int counts[kAtOnce];
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
             const int at = first + 32 * k + static_cast<int>(threadIdx.x) % 32;
-            const int64_t selected = static_cast<int64_t>(group) * p.n_select + min(at, p.n_select - 1);
-            const int of_scan = group * p.n_scan + min(at, p.n_scan - 1);
-            parts[k][0] = p.dropped[selected * p.n_shared + i];
-            parts[k][1] = p.compensation[selected * p.n_shared + i];
-            parts[k][2] = p.value_norm[selected];
+            const int share = of.first + min(at, of.n - 1);
+            const int of_scan = of.group * p.n_scan + min(at, p.n_scan - 1);
+            parts[k][0] = __ldcg(p.dropped + share * p.n_shared + i);  // of this kernel: not from L1
+            parts[k][1] = __ldcg(p.compensation + share * p.n_shared + i);
+            parts[k][2] = __ldcg(p.value_norm + share);
             parts[k][3] = p.key_norm[of_scan];
             counts[k] = p.scanned[of_scan];
         }
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
             const int at = first + 32 * k + static_cast<int>(threadIdx.x) % 32;
-            const bool selected = at < p.n_select;
-            dropped += selected ? static_cast<double>(parts[k][0]) : 0.0;
-            compensation += selected ? static_cast<double>(parts[k][1]) : 0.0;
-            value_norm = fmaxf(value_norm, selected ? parts[k][2] : 0.0f);
+            const bool is_there = at < of.n;
+            dropped += is_there ? static_cast<double>(parts[k][0]) : 0.0;
+            compensation += is_there ? static_cast<double>(parts[k][1]) : 0.0;
+            value_norm = fmaxf(value_norm, is_there ? parts[k][2] : 0.0f);
             key_norm = fmaxf(key_norm, at < p.n_scan ? parts[k][3] : 0.0f);
             scanned += at < p.n_scan ? counts[k] : 0;
         }
     }
 
-    __device__ __forceinline__ void end(const Problem & p, int group, int i) {
-        for (int first = 32 * kAtOnce; first < max(p.n_select, p.n_scan); first += 32 * kAtOnce) {
-            add(p, group, i, first);
+    // The compensation comes first: the output waits for it.
+    __device__ __forceinline__ void end_compensation(const Problem & p, const SharesOfGroup & of, int i) {
+        for (int first = 32 * kAtOnce; first < max(of.n, p.n_scan); first += 32 * kAtOnce) {
+            add(p, of, i, first);
         }
+        compensation = threshold == kAttendAll ? 0.0 : sum_of_warp(compensation);
+    }
+    __device__ __forceinline__ void end() {
         dropped = sum_of_warp(dropped);
-        compensation = sum_of_warp(compensation);
         key_norm = largest_of_warp(key_norm);
         value_norm = largest_of_warp(value_norm);
         scanned = __reduce_add_sync(~0u, scanned);
         if (threshold == kAttendAll) {  // nothing was scanned, or not to the end
-            dropped = compensation = 0;
+            dropped = 0;
             key_norm = value_norm = 0;
             scanned = 0;
         }
@@ -96,52 +108,21 @@ struct Left {
 
 // What the shares of a query kept, in the unit 2^peak.
 struct Kept {
-    double sum = 0;
+    double sum;
     double unit;          // where it is out of range nothing is said of what was dropped, or it counts for less than it is
     double compensation;  // in the same unit
 
-    __device__ __forceinline__ Kept(const double (*of_warps)[kMaxShared], int i, float peak, const Left & left) {
+    __device__ __forceinline__ Kept(double kept, float peak, const Left & left) : sum(kept) {
         const int exponent = peak == -infinity() ? 0 : static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f));
         unit = power_of_two(exponent);
         compensation = left.compensation * power_of_two(-exponent);
-#pragma unroll
-        for (int w = 0; w < kAttendWarps; ++w) {
-            sum += of_warps[w][i];
-        }
+    }
+    // No visible cell: 0, as stock.
+    __device__ __forceinline__ float inverse() const {
+        const double mass = sum + compensation;
+        return mass > 0 || isnan(mass) ? 1.0f / static_cast<float>(mass) : 0.0f;
     }
 };
-
-// A query's output, by a warp: sums [kAttendWarps] `stride` floats apart. Returns its squared norm.
-template <int n_channels> __device__ __forceinline__ float write_output(const Problem & p, int group, int i, const Kept & kept,
-                                                                        const float * sums, int stride) {
-    constexpr int kQuads = (n_channels + 127) / 128;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const double mass = kept.sum + kept.compensation;
-    const float inverse = mass > 0 || isnan(mass) ? 1.0f / static_cast<float>(mass) : 0.0f;  // no visible cell: 0, as stock
-    float squared = 0;
-    float * output = p.output_of(group, i);
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-        if (const int c = j * 128 + lane * 4; c < p.values.dim) {
-            float out[4] = {};
-#pragma unroll
-            for (int w = 0; w < kAttendWarps; ++w) {
-                const float4 x = *reinterpret_cast<const float4 *>(sums + w * stride + c);
-                out[0] += x.x;
-                out[1] += x.y;
-                out[2] += x.z;
-                out[3] += x.w;
-            }
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                out[e] *= inverse;
-                output[c + e] = out[e];
-                squared = fmaf(out[e], out[e], squared);
-            }
-        }
-    }
-    return sum_of_warp(squared);
-}
 
 // The certificate, but for the output's norm. By a warp, the same in all lanes.
 struct Certified {
@@ -235,115 +216,111 @@ __device__ __forceinline__ void write_certificate(const Problem & p, int group, 
     }
 }
 
-// By a whole thread block, once all shares [first, first + n_shares) of the group are there. Scratch: sums [kAttendWarps][n_most]
-// [n_channels], kept_of_warps [kAttendWarps], squared.
-template <int n_channels, int n_most>
-__device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n_shares, int n_attended, float * sums,
-                                              double (*kept_of_warps)[kMaxShared], float (&squared)[kMaxShared]) {
-    constexpr int kQuads = (n_channels + 127) / 128;  // 4 channels to a lane, 128 apart
+struct CombineShared {
+    float inverse[kMaxShared];                       // of the mass
+    float squares[kMaxShared * kMaxKernelDim / 32];  // of 32 channels of the output each
+};
+
+// Written by other thread blocks of the same kernel: not from L1.
+__device__ __forceinline__ PartialHead partial_head(const Problem & p, int share, int i) {
+    const float2 head = __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(share) * p.n_shared + i));
+    return {head.x, head.y};
+}
+
+// By a whole thread block, once all shares of the group are there. Scratch: factors [n_most][p.n_attend].
+template <int n_channels, int n_most, int n_warps>
+__device__ __forceinline__ void combine_group(const Problem & p, const SharesOfGroup & of, CombineShared & s, float * factors) {
+    constexpr int kThreads = 32 * n_warps;
+    constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;  // channels to a thread
+    constexpr int kAtOnce = kItems < 16 ? 32 / kItems : 2;                   // shares
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int dim = p.values.dim;
-    const int n_query = p.n_query_of(group);
-    // Written by other thread blocks of the same kernel: not from L1.
-    const auto partial = [&](int share, int i) {
-        const float2 of =
-            __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(first + share) * p.n_shared + i));
-        return PartialHead{of.x, of.y};
-    };
-    // In the end a warp has the output of a query, and another one its certificate, if there are as many.
-    constexpr int kQueries = n_most <= kAttendWarps / 2 ? kAttendWarps / 2 : kAttendWarps;
-    const int query = warp % kQueries;
-    const bool writes = query < n_query && warp == query;
-    const bool certifies = query < n_query && warp + kQueries >= kAttendWarps;
+    const int n_query = p.n_query_of(of.group);
+    // The first warps have a query each, and channels only if there are more than the other warps can take.
+    const auto number = [&](int item) { return kThreads - 1 - static_cast<int>(threadIdx.x) + item * kThreads; };
+    const auto query_of = [&](int item) { return number(item) / n_channels; };
+    const auto channel_of = [&](int item) { return number(item) % n_channels; };
+    float x[kAtOnce][kItems];
     // Where there is no query, share or channel, another is read and not taken: no load waits for a branch.
-    Left left(p, group, min(query, n_query - 1));
-    float peak[n_most];
+    const auto load = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < n_most; ++i) {
-        peak[i] = partial(min(lane, n_shares - 1), min(i, n_query - 1)).peak;
-    }
-#pragma unroll 1
-    for (int share = lane + 32; share < n_shares; share += 32) {
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int64_t share = (of.first + min(first + u, of.n - 1)) * p.n_shared;
 #pragma unroll
-        for (int i = 0; i < n_most; ++i) {
-            peak[i] = fmaxf(peak[i], partial(share, min(i, n_query - 1)).peak);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < n_most; ++i) {
-        peak[i] = largest_of_warp(peak[i]);
-    }
-
-    float4 sum[n_most][kQuads] = {};
-    double kept[n_most] = {};
-    constexpr int kAtOnce = n_most * kQuads <= 4 ? 2 : 1;
-#pragma unroll 1
-    for (int from = warp; from < n_shares; from += kAtOnce * kAttendWarps) {
-        PartialHead own[kAtOnce][n_most];
-        float4 x[kAtOnce][n_most][kQuads];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            const int share = min(from + k * kAttendWarps, n_shares - 1);
-            const float * parts = p.part + static_cast<int64_t>(first + share) * p.n_shared * dim;
-#pragma unroll
-            for (int i = 0; i < n_most; ++i) {
-                own[k][i] = partial(share, min(i, n_query - 1));
-#pragma unroll
-                for (int j = 0; j < kQuads; ++j) {
-                    x[k][i][j] = __ldcg(
-                        reinterpret_cast<const float4 *>(parts + min(i, n_query - 1) * dim + min(j * 128 + lane * 4, dim - 4)));
-                }
+            for (int item = 0; item < kItems; ++item) {
+                x[u][item] = __ldcg(p.part + (share + min(query_of(item), n_query - 1)) * dim + min(channel_of(item), dim - 1));
             }
         }
+    };
+    const bool leads = warp < n_query;
+    const int query = min(warp, n_query - 1);
+    Left left(p, of, query);
+    PartialHead head = partial_head(p, of.first + min(lane, of.n - 1), query);
+    load(0);
+    float peak = head.peak;
+    for (int share = lane + 32; share < of.n; share += 32) {
+        peak = fmaxf(peak, partial_head(p, of.first + share, query).peak);
+    }
+    peak = largest_of_warp(peak);
+    double sum = 0;
+    for (int share = lane; share < of.n; share += 32) {
+        if (share > lane) {
+            head = partial_head(p, of.first + share, query);
+        }
+        // Without a peak a share is either nothing or NaN.
+        const float factor = head.peak != -infinity() ? exp2_fast(head.peak - peak) : 0.0f;
+        sum += static_cast<double>(head.peak != -infinity() ? head.kept * factor : head.kept);
+        if (leads) {
+            factors[query * p.n_attend + share] = factor;
+        }
+    }
+    left.end_compensation(p, of, query);
+    const Kept kept(sum_of_warp(sum), peak, left);
+    if (leads && lane == 0) {
+        s.inverse[query] = kept.inverse();
+    }
+    __syncthreads();
+    float out[kItems] = {};
+    for (int first = 0; first < of.n; first += kAtOnce) {
+        if (first > 0) {
+            load(first);
+        }
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            const bool is_there = from + k * kAttendWarps < n_shares;
+        for (int u = 0; u < kAtOnce; ++u) {
 #pragma unroll
-            for (int i = 0; i < n_most; ++i) {
-                // Without a peak a share is either nothing or NaN.
-                const bool has_peak = own[k][i].peak != -infinity();
-                const float factor = is_there && has_peak ? exp2_fast(own[k][i].peak - peak[i]) : 0.0f;
-                kept[i] += static_cast<double>(is_there && !has_peak ? own[k][i].kept : own[k][i].kept * factor);
-#pragma unroll
-                for (int j = 0; j < kQuads; ++j) {
-                    sum[i][j].x = fmaf(x[k][i][j].x, factor, sum[i][j].x);
-                    sum[i][j].y = fmaf(x[k][i][j].y, factor, sum[i][j].y);
-                    sum[i][j].z = fmaf(x[k][i][j].z, factor, sum[i][j].z);
-                    sum[i][j].w = fmaf(x[k][i][j].w, factor, sum[i][j].w);
+            for (int item = 0; item < kItems; ++item) {
+                if (first + u < of.n) {
+                    out[item] = fmaf(x[u][item], factors[min(query_of(item), n_query - 1) * p.n_attend + first + u], out[item]);
                 }
             }
         }
     }
-    left.end(p, group, min(query, n_query - 1));
-    float own_peak = 0;
 #pragma unroll
-    for (int i = 0; i < n_most; ++i) {
-        own_peak = i == query ? peak[i] : own_peak;
+    for (int item = 0; item < kItems; ++item) {
+        const int i = query_of(item);
+        const int c = channel_of(item);
         if (i < n_query) {
-#pragma unroll
-            for (int j = 0; j < kQuads; ++j) {
-                if (const int c = j * 128 + lane * 4; c < n_channels) {
-                    *reinterpret_cast<float4 *>(sums + (warp * n_most + i) * n_channels + c) = sum[i][j];
-                }
+            const float value = c < dim ? out[item] * s.inverse[i] : 0.0f;
+            if (c < dim) {
+                p.output_of(of.group, i)[c] = value;
             }
+            const float squared = sum_of_warp(value * value);
             if (lane == 0) {
-                kept_of_warps[warp][i] = kept[i];
+                s.squares[number(item) / 32] = squared;
             }
         }
     }
+    left.end();
+    Certified certified(p, kept, left, of.survivors);
     __syncthreads();
-    const Kept all_kept(kept_of_warps, min(query, n_query - 1), own_peak, left);
-    if (writes) {
-        const float norm = write_output<n_channels>(p, group, query, all_kept, sums + query * n_channels, n_most * n_channels);
-        if (lane == 0) {
-            squared[query] = norm;
+    if (leads && lane == 0) {
+        float squared = 0;
+#pragma unroll
+        for (int k = 0; k < n_channels / 32; ++k) {
+            squared += s.squares[query * (n_channels / 32) + k];
         }
-    }
-    Certified certified(p, all_kept, left, n_attended);
-    __syncthreads();
-    if (certifies && lane == 0) {
-        write_certificate(p, group, query, certified, left, squared[query]);
+        write_certificate(p, of.group, query, certified, left, squared);
     }
 }
 

@@ -187,6 +187,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const size_t n_scan = static_cast<size_t>(p.n_scan);
     const size_t n_select = static_cast<size_t>(p.n_select);
     const size_t shares = static_cast<size_t>(p.n_attend);
+    const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(values.dim);
     const bool attends = values.dim > 0;
     size_t zeros = 0;
@@ -223,12 +224,11 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         p.kept = parts.take<uint64_t>(g * blocks);
         p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
         p.n_survivors = parts.take<int32_t>(g * n_select);
-        p.dropped = parts.take<float>(q * n_select);
-        p.compensation = parts.take<float>(q * n_select);
-        p.value_norm = parts.take<float>(g * n_select);
-        p.added = parts.take<float>(q * n_select * value_dim);
-        p.partial = parts.take<PartialHead>(shares * static_cast<size_t>(p.n_shared));
-        p.part = parts.take<float>(shares * static_cast<size_t>(p.n_shared) * value_dim);
+        p.dropped = parts.take<float>(shares * n_shared);
+        p.compensation = parts.take<float>(shares * n_shared);
+        p.value_norm = parts.take<float>(shares);
+        p.partial = parts.take<PartialHead>(shares * n_shared);
+        p.part = parts.take<float>(shares * n_shared * value_dim);
         p.without_scan = parts.take<uint8_t>(g);
         p.certificates = parts.take<HeadCertificate>(n_head);
         p.totals = parts.take<Totals>(1);

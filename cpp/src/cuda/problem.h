@@ -162,6 +162,7 @@ struct Problem {
     int select_length;
     int n_select_longer;
     int n_attend;
+    int least_shares;       // of a group, so that what it drops is shared too
     float * query_norm;     // [n_group][n_shared], rounded up
     float * reference;      // [n_group][n_shared] log2 units
     uint32_t * histogram;   // [n_group][n_shared][kBins] cells; zero before and after a step
@@ -177,10 +178,9 @@ struct Problem {
     int32_t * n_survivors;  // [n_group][n_select]
     int32_t * arrived;      // [n_group] shares that are done. Zero before and after a step
     int32_t * gave_up;      // [n_group] as attend_all was, for the caller. Or null
-    float * dropped;        // [n_group][n_select][n_shared] upper bound on what was dropped, relative to the reference
-    float * compensation;   // [n_group][n_select][n_shared] weight added back
-    float * value_norm;     // [n_group][n_select] of any dropped value
-    float * added;          // [n_group][n_select][n_shared][value_dim] sum of added weight * mean value
+    float * dropped;        // [n_attend][n_shared] upper bound on what was dropped, relative to the reference
+    float * compensation;   // [n_attend][n_shared] weight added back
+    float * value_norm;     // [n_attend] of any dropped value
     PartialHead * partial;  // [n_attend][n_shared]
     float * part;           // [n_attend][n_shared][value_dim]
     double * least;         // [n_group][n_shared] the oracle's lower bound on the mass
@@ -235,7 +235,8 @@ struct Problem {
         n_select = std::max(std::clamp(share, 1, std::max(most, 1)), (n_blocks + kMostShare - 1) / kMostShare);
         select_length = n_blocks / n_select;
         n_select_longer = n_blocks % n_select;
-        n_attend = std::max((on_tensor_cores(keys.type) ? 1 : 2) * n_processors, 2 * n_group);
+        n_attend = std::max(n_processors, 2 * n_group);
+        least_shares = std::clamp(n_attend / (2 * n_group), 1, std::max(n_blocks / 16, 1));
     }
 };
 

@@ -59,6 +59,20 @@ __device__ __forceinline__ void load_tiles_transposed(uint32_t (&tiles)[4], cons
                  : "memory");
 }
 
+// A tile of 8 rows of 8 16-bit numbers, of which a lane has two of row lane / 4, with rows and columns exchanged.
+__device__ __forceinline__ uint32_t transpose(uint32_t tile) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(tile));
+    return out;
+}
+
+// For what is read once, and is not to displace other things in L2: the code of the next kernel among them.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // From global into shared memory; there for the thread that asked after wait_for_copies().
 template <int bytes> __device__ __forceinline__ void copy_async(void * to, const void * from) {
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -72,7 +86,9 @@ template <int bytes> __device__ __forceinline__ void copy_async(void * to, const
 __device__ __forceinline__ void copy_async_or_zero(void * to, const void * from, bool copies) {
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     const int bytes = copies ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(from), "r"(bytes),
+                 "l"(read_once())
+                 : "memory");
 }
 // What was asked for since the last commit_copies() is a batch; all but the last n batches are there after it.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -99,9 +115,11 @@ class Arrival {
         const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
 #if LOUVER_BULK_COPIES
         if (threadIdx.x % 32 == 0) {
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-                         "l"(from), "r"(bytes), "r"(address())
-                         : "memory");
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+                    "r"(shared),
+                "l"(from), "r"(bytes), "r"(address()), "l"(read_once())
+                : "memory");
         }
 #else
         for (int at = static_cast<int>(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {

@@ -20,6 +20,14 @@ constexpr int kQuad = 4;  // queries to a pass of the tensor cores
 // x + kMagic has round(x) in its low bits, for |x| < 2^22.
 constexpr float kMagic = 0x1.8p23f;
 
+// Of a block to each thread the visible cells that are not indexed; whether there are any, and whether the block is complete, a
+// bit each.
+struct Others {
+    uint64_t cells[kWarps * 32];
+    uint32_t some[kWarps];
+    uint32_t complete[kWarps];
+};
+
 struct Shared {
     alignas(16) float query[kMaxShared][kMaxKernelDim];
     uint32_t histogram[kMaxShared][kBins];
@@ -30,7 +38,7 @@ struct Shared {
     uint64_t large[kMaxShared];          // of all of them, in kLargeUnit
     float key_norm[kWarps];
     int scanned[kWarps];
-    uint32_t others[kWarps];  // of 32 blocks those that have cells which are not indexed
+    Others others;
 };
 constexpr size_t kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
@@ -277,40 +285,47 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
 }
 
 // Exact weights of cells that the index does not cover: they are attended for sure, and belong to the bound. A warp takes 8 of
-// the block, 8 lanes to a cell.
-template <DType type>
+// the block, 8 lanes to a cell, n_chunks * 64 channels. Short code, which is run through once: under load a line of it takes
+// microseconds too.
+template <DType type, int n_chunks>
 __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, uint64_t cells, Shared & s, float & key_norm) {
     constexpr int kLanes = 8;
     constexpr int kAtOnce = 32 / kLanes;
     constexpr int kOwn = kBlockCells / kWarps;
-    constexpr int kChunks = kMaxKernelDim / (kLanes * 8);
+    static_assert(kOwn == 2 * kAtOnce);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
     const int dim = p.planes.key_dim;
-    const int64_t first_row = p.first_row(group) + static_cast<int64_t>(block) * kBlockCells;
+    const int64_t first_row = p.first_row(group) + static_cast<int64_t>(block) * kBlockCells + warp * kOwn;
     const int kv_head = p.kv_head_of(group);
-    bool failed = false;
-    if ((cells >> (warp * kOwn) & ((1u << kOwn) - 1)) == 0) {
+    const auto own = static_cast<uint32_t>(cells >> (warp * kOwn)) & ((1u << kOwn) - 1);
+    if (own == 0) {
         return false;
     }
-#pragma unroll 1  // short code: it is run through once
-    for (int bit = warp * kOwn + lane / kLanes; bit < (warp + 1) * kOwn; bit += kAtOnce) {
-        const bool is_there = (cells >> bit & 1) != 0;
-        Eight<type> chunks[kChunks];
+    Eight<type> chunks[2][n_chunks];
 #pragma unroll
-        for (int k = 0; k < kChunks; ++k) {
+    for (int round = 0; round < 2; ++round) {
+        const int cell = round * kAtOnce + lane / kLanes;
+#pragma unroll
+        for (int k = 0; k < n_chunks; ++k) {
             const int c = (k * kLanes + lane % kLanes) * 8;
-            chunks[k].clear();
-            if (is_there && c < dim) {
-                chunks[k].load(p.keys.row(first_row + bit, kv_head), c);
+            chunks[round][k].clear();
+            if ((own >> cell & 1) != 0 && c < dim) {
+                chunks[round][k].load(p.keys.row(first_row + cell, kv_head), c);
             }
         }
-        float key[kChunks][8];
+    }
+    bool failed = false;
+#pragma unroll 1
+    for (int cell = lane / kLanes; cell < kOwn; cell += kAtOnce) {
+        const bool is_there = (own >> cell & 1) != 0;
+        float key[n_chunks][8];
         float squared = 0;
 #pragma unroll
-        for (int k = 0; k < kChunks; ++k) {
-            chunks[k].widen(key[k]);
+        for (int k = 0; k < n_chunks; ++k) {
+            chunks[0][k].widen(key[k]);
+            chunks[0][k] = chunks[1][k];
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 squared = fmaf(key[k][e], key[k][e], squared);
@@ -327,7 +342,7 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
         for (int i = 0; i < n_query; ++i) {
             float dot = 0;
 #pragma unroll
-            for (int k = 0; k < kChunks; ++k) {
+            for (int k = 0; k < n_chunks; ++k) {
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
                     dot = fmaf(s.query[i][(k * kLanes + lane % kLanes) * 8 + e], key[k][e], dot);
@@ -352,54 +367,68 @@ __device__ __noinline__ bool add_exact(const Problem & p, int group, int block, 
     return failed;
 }
 
-// What the index does not cover yet, by a whole thread block: the newest cells, or much more after a prompt or a restored state.
-__device__ __forceinline__ bool add_others(const Problem & p, int group, Shared & s, float & key_norm) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint64_t * visible = p.visible_of(group);
-    const int64_t first_slot = p.slot_of(group, 0);
-    const uint64_t * indexed = p.planes.indexed + first_slot;
-    constexpr int kAtOnce = 4;
-    bool failed = false;
-#pragma unroll 1
-    for (int newest = p.n_blocks - 1; newest >= 0; newest -= kAtOnce * kWarps * 32) {
-        bool has_others[kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            const int at = newest - k * kWarps * 32 - static_cast<int>(threadIdx.x);
-            has_others[k] = at >= 0 && (visible[at] & ~indexed[at]) != 0;
-        }
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            if (__syncthreads_or(has_others[k] ? 1 : 0) == 0) {
-                continue;
-            }
-            const uint32_t of_warp = __ballot_sync(~0u, has_others[k]);
-            if (lane == 0) {
-                s.others[warp] = of_warp;
-            }
-            __syncthreads();
-#pragma unroll 1
-            for (int w = 0; w < kWarps; ++w) {
-#pragma unroll 1
-                for (uint32_t left = s.others[w]; left != 0; left &= left - 1) {
-                    const int at = newest - (k * kWarps + w) * 32 - (__ffs(static_cast<int>(left)) - 1);
-                    const uint64_t all = visible[at];
-                    const uint64_t others = all & ~indexed[at];
-                    with_type(p.keys.type,
-                              [&]<DType type>() { failed = add_exact<type>(p, group, at, others, s, key_norm) || failed; });
-                    const int64_t slot = first_slot + at;
-                    const bool complete = all == ~uint64_t{0} || (at + 1 < p.n_blocks && visible[at + 1] != 0);
-                    if (threadIdx.x == 0 && complete && (others & ~p.planes.not_finite[slot]) != 0 &&
-                        atomicExch(&p.queued[slot], 1) == 0) {
-                        p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
-                    }
-                }
-            }
-            __syncthreads();  // before the next of s.others
+// What is known of a block to each thread, the blocks newest - thread: two words of the mask and one of the index.
+struct BlockWords {
+    uint64_t seen = 0;
+    uint64_t after = 0;
+    uint64_t indexed = 0;
+
+    __device__ __forceinline__ BlockWords(const Problem & p, int group, int newest) {
+        if (const int at = newest - static_cast<int>(threadIdx.x); at >= 0) {
+            const uint64_t * visible = p.visible_of(group);
+            seen = visible[at];
+            after = at + 1 < p.n_blocks ? visible[at + 1] : 0;
+            indexed = p.planes.indexed[p.slot_of(group, at)];
         }
     }
-    return failed;
+    // Into shared memory, for the whole thread block.
+    __device__ __forceinline__ void note(Others & others) const {
+        const uint64_t cells = seen & ~indexed;
+        const uint32_t some = __ballot_sync(~0u, cells != 0);
+        const uint32_t complete = __ballot_sync(~0u, seen == ~uint64_t{0} || after != 0);
+        others.cells[threadIdx.x] = cells;
+        if (threadIdx.x % 32 == 0) {
+            others.some[threadIdx.x / 32] = some;
+            others.complete[threadIdx.x / 32] = complete;
+        }
+    }
+};
+
+// What the index does not cover yet, by a whole thread block: the newest cells, or much more after a prompt or a restored state.
+// Those of the newest blocks are noted.
+__device__ __forceinline__ bool add_others(const Problem & p, int group, Shared & s, float & key_norm) {
+    constexpr int kThreads = kWarps * 32;
+    bool failed = false;
+#pragma unroll 1
+    for (int newest = p.n_blocks - 1;;) {
+        const BlockWords next(p, group, newest - kThreads);
+#pragma unroll 1
+        for (int w = 0; w < kWarps; ++w) {
+#pragma unroll 1
+            for (uint32_t left = s.others.some[w]; left != 0; left &= left - 1) {
+                const int bit = __ffs(static_cast<int>(left)) - 1;
+                const int block = newest - (w * 32 + bit);
+                const uint64_t cells = s.others.cells[w * 32 + bit];
+                with_type(p.keys.type, [&]<DType type>() {
+                    const bool here = p.planes.key_dim <= 128 ? add_exact<type, 2>(p, group, block, cells, s, key_norm)
+                                                              : add_exact<type, 4>(p, group, block, cells, s, key_norm);
+                    failed = here || failed;
+                });
+                const int64_t slot = p.slot_of(group, block);
+                if (threadIdx.x == 0 && (s.others.complete[w] >> bit & 1) != 0 && (cells & ~p.planes.not_finite[slot]) != 0 &&
+                    atomicExch(&p.queued[slot], 1) == 0) {
+                    p.pending[atomicAdd(p.n_pending, 1)] = static_cast<int32_t>(slot);
+                }
+            }
+        }
+        newest -= kThreads;
+        if (newest < 0) {
+            return failed;
+        }
+        __syncthreads();
+        next.note(s.others);
+        __syncthreads();
+    }
 }
 
 template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
@@ -443,6 +472,9 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     uint64_t cells = first.cells();
     uint64_t next_cells = second.cells();
     float bound = block >= 0 ? bound_of(p.planes, first_slot + block) : 0.0f;
+    if (adds_others) {  // before the memory is busy
+        BlockWords(p, group, p.n_blocks - 1).note(s.others);
+    }
     const auto stream = [&] {
         if (cells != 0) {
             fetch_grid(stage, p.planes, first_slot + block);

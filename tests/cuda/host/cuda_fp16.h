@@ -40,3 +40,4 @@ inline __half __float2half_rn(float x) {
         static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 2048 carries into the exponent
     return of((exponent + 14) * 1024 + mantissa);
 }
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }

@@ -50,12 +50,21 @@ struct Block {
     ucontext_t caller;
     jmp_buf scheduler;
     const std::function<void()> * kernel = nullptr;
+    unsigned n_left = 0;  // threads that have not returned: nobody waits for those that have
 };
 Block block;
+
+void open(Meeting & meeting) {
+    meeting.arrived = 0;
+    ++meeting.held;
+}
 
 void enter() {
     (*block.kernel)();
     block.fibers[block.current].done = true;
+    if (--block.n_left > 0 && block.meeting.arrived == block.n_left) {
+        open(block.meeting);
+    }
     _longjmp(block.scheduler, 1);
 }
 
@@ -82,8 +91,7 @@ void resume(size_t i) {
 void attend(Meeting & meeting, unsigned n) {
     const uint64_t number = meeting.held;
     if (++meeting.arrived == n) {
-        meeting.arrived = 0;
-        ++meeting.held;
+        open(meeting);
         return;
     }
     Fiber & fiber = block.fibers[block.current];
@@ -104,7 +112,8 @@ void run_block(unsigned threads) {
         warp.meeting = {};
     }
     block.meeting = {};
-    for (unsigned left = threads; left > 0;) {
+    block.n_left = threads;
+    while (block.n_left > 0) {
         bool moved = false;
         for (size_t turn = 0; turn < threads; ++turn) {
             // Every other block backwards: what depends on the order shows.
@@ -113,11 +122,10 @@ void run_block(unsigned threads) {
             if (!fiber.done && (fiber.waits_on == nullptr || *fiber.waits_on != fiber.while_it_is)) {
                 resume(i);
                 moved = true;
-                left -= fiber.done ? 1 : 0;
             }
         }
         if (!moved) {
-            std::fprintf(stderr, "simt: %u threads of a block wait for others that never come\n", left);
+            std::fprintf(stderr, "simt: %u threads of a block wait for others that never come\n", block.n_left);
             std::abort();
         }
     }
@@ -154,7 +162,7 @@ Votes meet_block(bool value) {
     }
     block.any[which] = block.any[which] || value;
     block.all[which] = block.all[which] && value;
-    attend(block.meeting, block_size.x);
+    attend(block.meeting, block.n_left);
     return {block.any[which], block.all[which]};
 }
 

@@ -71,6 +71,17 @@ inline void load_tiles_transposed(uint32_t (&tiles)[4], const void * row) {
     }
 }
 
+inline uint32_t transpose(uint32_t tile) {
+    const simt::Exchange<uint32_t> tiles(tile);
+    uint32_t out = 0;
+    for (int e = 0; e < 2; ++e) {
+        const int row = simt::lane() % 4 * 2 + e;
+        const int column = simt::lane() / 4;
+        out |= (tiles.of(row * 4 + column / 2) >> (16 * (column % 2)) & 0xffffu) << (16 * e);
+    }
+    return out;
+}
+
 // What is on its way is poison until it has been waited for.
 struct Copy {
     std::byte * to;
