@@ -644,7 +644,7 @@ def test_real_text_is_that_of_stock(real: Model, english: list[int]) -> None:
         chosen, wanted = dense.argmax(axis=-1), stock.argmax(axis=-1)
         rows = np.flatnonzero(chosen != wanted)
         margins = stock[rows, wanted[rows]] - stock[rows, chosen[rows]]
-        assert agreement(dense) >= 0.97 and (margins < 0.5).all(), margins
+        assert agreement(dense) >= 0.95 and (margins < 0.5).all(), margins
 
         pruned = follow(epsilon=0.05)
         assert runtime.stats()["attention"] == {"louver": n * N_LAYER_REAL, "dense": 0, "stock": 0}

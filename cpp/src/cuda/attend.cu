@@ -19,13 +19,24 @@ template <class Worker> struct Shared {
     PartialHead head[Worker::kWarps][kMaxShared];
     CombineShared combine;
     bool is_last;
-    // Behind it the workers' memory, [Worker::kWarps] and [kDropWarps]; and of ints
+    // Behind it Regions; and of ints
     // [n_group * n_select] survivors of each part of the lists,
     // [n_group] of each group,
     // [n_select + 1] before each part of this group's list, and [n_select] where the part lies, less that.
     // In the place of all this in the end floats [n_most][n_attend].
 };
 template <class Worker> constexpr size_t kSharedBytes = (sizeof(Shared<Worker>) + 15) / 16 * 16;
+
+// The workers' memory, in floats: in the end each has its output there, and behind it what a warp adds for dropped cells, if
+// there is room for that.
+template <class Worker, int n_channels, int n_most> struct Regions {
+    static constexpr size_t kOutput = size_t{n_most} * n_channels;
+    static constexpr size_t kStride = Worker::kBytes / sizeof(float);
+    static constexpr bool kInside = kStride >= 2 * kOutput && Worker::kWarps >= kDropWarps;
+    static constexpr size_t kAdded = kInside ? kOutput : Worker::kWarps * kStride;
+    static constexpr size_t kAddedStride = kInside ? kStride : kOutput;
+    static constexpr size_t kEnd = Worker::kWarps * kStride + (kInside ? 0 : kDropWarps * kOutput);
+};
 
 // Part of a group's survivors, and of the blocks whose other cells are dropped.
 struct Share {
@@ -98,11 +109,10 @@ __device__ __forceinline__ Share find_share(const Problem & p, int * parts, int 
     return {{-1, 0, 0, 0}, 0, 0, 0};
 }
 
-// What the warps found, as one share of the group: heads, and outputs [Worker::kWarps] that are `stride` floats apart; with what
-// is added for the dropped cells, [kDropWarps][n_most][n_channels].
+// What the warps found, as one share of the group, with what is added for the dropped cells.
 template <class Worker, int n_channels, int n_most>
-__device__ __forceinline__ void write_share(const Problem & p, int n_query, const Shared<Worker> & s, const float * outputs,
-                                            size_t stride, const float * added) {
+__device__ __forceinline__ void write_share(const Problem & p, int n_query, const Shared<Worker> & s, const float * regions) {
+    using Memory = Regions<Worker, n_channels, n_most>;
     const int64_t number = static_cast<int64_t>(blockIdx.x) * p.n_shared;
     const int dim = p.values.dim;
     for (int k = static_cast<int>(threadIdx.x); k < n_query * n_channels; k += kAttendThreads<Worker>) {
@@ -111,7 +121,7 @@ __device__ __forceinline__ void write_share(const Problem & p, int n_query, cons
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < kDropWarps; ++w) {
-            sum += added[w * n_most * n_channels + k];
+            sum += regions[Memory::kAdded + w * Memory::kAddedStride + k];
         }
         // What is dropped is relative to the reference, and has to fit into the share's unit.
         float peak = sum != 0 ? -100.0f : -infinity();
@@ -127,7 +137,7 @@ __device__ __forceinline__ void write_share(const Problem & p, int n_query, cons
             const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
             // A NaN has no peak.
             kept += isnan(head.kept) ? head.kept : head.kept * factor;
-            sum += factor == 0.0f ? 0.0f : outputs[static_cast<size_t>(w) * stride + static_cast<size_t>(k)] * factor;
+            sum += factor == 0.0f ? 0.0f : regions[w * Memory::kStride + k] * factor;
         }
         if (c < dim) {
             p.part[(number + i) * dim + c] = sum;
@@ -212,10 +222,9 @@ template <class Worker, DType type, int n_channels, int n_most> __global__ void 
         }
         return;
     }
-    float * outputs = reinterpret_cast<float *>(memory + kSharedBytes<Worker>);
-    constexpr size_t kStride = Worker::kBytes / sizeof(float);
-    float * added = outputs + Worker::kWarps * kStride;
-    int * parts = reinterpret_cast<int *>(added + kDropWarps * n_most * n_channels);
+    using Memory = Regions<Worker, n_channels, n_most>;
+    float * regions = reinterpret_cast<float *>(memory + kSharedBytes<Worker>);
+    int * parts = reinterpret_cast<int *>(regions + Memory::kEnd);
     int * groups = parts + p.n_group * p.n_select;
     const Share share = find_share(p, parts, groups);
     if (share.of.group < 0) {
@@ -240,19 +249,21 @@ template <class Worker, DType type, int n_channels, int n_most> __global__ void 
                 ? nullptr
                 : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
         const int length = share.end - share.begin;
-        float * output = outputs + static_cast<size_t>(warp) * kStride;
+        float * output = regions + warp * Memory::kStride;
         Worker worker(p, reinterpret_cast<std::byte *>(output));
         worker.run(group, share.begin + length * warp / Worker::kWarps, share.begin + length * (warp + 1) / Worker::kWarps, mask,
                    place_of);
         worker.end(s.head[warp], output, p.n_query_of(group));
+        __syncthreads();
     } else {
         const int worker = warp - Worker::kWarps;
         const auto block = [&](int which) { return static_cast<int>(static_cast<int64_t>(p.n_blocks) * which / share.of.n); };
         const Drop<n_most, n_channels> drop(p, group);
-        drop.run(block(share.number), block(share.number + 1), worker, s.drop, added + worker * n_most * n_channels);
+        drop.run(block(share.number), block(share.number + 1), worker, s.drop,
+                 regions + Memory::kAdded + worker * Memory::kAddedStride);
     }
     __syncthreads();
-    write_share<Worker, n_channels, n_most>(p, p.n_query_of(group), s, outputs, kStride, added);
+    write_share<Worker, n_channels, n_most>(p, p.n_query_of(group), s, regions);
     __syncthreads();
     if (thread == 0) {
         __threadfence();
@@ -264,12 +275,12 @@ template <class Worker, DType type, int n_channels, int n_most> __global__ void 
     __syncthreads();
     if (s.is_last) {
         __threadfence();
-        combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, share.of, s.combine, outputs);
+        combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, share.of, s.combine, regions);
     }
 }
 
 template <class Worker, int n_channels, int n_most> size_t bytes_of(const Problem & p) {
-    constexpr size_t kRegions = Worker::kWarps * Worker::kBytes + kDropWarps * Drop<n_most, n_channels>::kBytes;
+    constexpr size_t kRegions = Regions<Worker, n_channels, n_most>::kEnd * sizeof(float);
     static_assert(kAttendThreads<Worker> >= kEncodeThreads);
     const size_t ints = static_cast<size_t>(p.n_group * p.n_select + p.n_group + 2 * p.n_select + 1) * sizeof(int);
     const size_t factors = static_cast<size_t>(n_most * p.n_attend) * sizeof(float);

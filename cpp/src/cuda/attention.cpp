@@ -304,6 +304,9 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.check = op.settings.check;
     p.overlaps = compute_major_ >= 9;
     p.spares_uniform = !op.settings.check && op.settings.epsilon > 0;
+    // A short scan leaves L2 to what is read again, the code of the kernels among it; a long one is slower for it.
+    constexpr int64_t kMostReadOnce = int64_t{96} << 20;
+    p.reads_once = static_cast<int64_t>(p.n_group) * p.n_blocks * kBlockCells * p.planes.width() <= kMostReadOnce;
     p.share_out(n_processors_);
     p.most_shared = most_shared_;
 

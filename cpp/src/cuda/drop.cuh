@@ -33,11 +33,10 @@ __device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
 // n_most: queries to a group; n_channels: of a value, at most.
 template <int n_most, int n_channels> class Drop {
   public:
-    static constexpr size_t kBytes = sizeof(float) * n_most * n_channels;  // of a warp
-
     __device__ __forceinline__ Drop(const Problem & p, int group) : p_(p), group_(group), first_slot_(p.slot_of(group, 0)) {}
 
-    // Blocks [begin, end), by warp `worker` of kDropWarps; sums [n_most][n_channels].
+    // Blocks [begin, end), by warp `worker` of kDropWarps; sums [n_most][n_channels], where other warps may have what they work
+    // on: the thread block meets before they are written.
     __device__ __forceinline__ void run(int begin, int end, int worker, DropShared & s, float * sums) const {
         float added[n_most][kPairs][2] = {};  // channels j * 64 + 2 * lane and the next
         float dropped[n_most] = {};           // of the lane's block, as the next
@@ -89,6 +88,7 @@ template <int n_most, int n_channels> class Drop {
             }
             cells = next;
         }
+        __syncthreads();
         // In an order that does not depend on timing.
 #pragma unroll
         for (int i = 0; i < n_most; i += 4) {

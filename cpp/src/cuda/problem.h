@@ -143,6 +143,7 @@ struct Problem {
     bool check;
     size_t most_shared;   // bytes of shared memory that a thread block may have
     bool overlaps;        // the device can launch dependent kernels early
+    bool reads_once;      // the scan's codes are not to stay in L2
     bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
 
     // [n_group][n_shared] references in log2 units that the caller of a scan alone sets: every key whose score lies above its

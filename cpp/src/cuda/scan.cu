@@ -182,15 +182,15 @@ template <int n_tiles> struct Stage {
 };
 
 template <int n_tiles>
-__device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Planes & planes, int64_t slot, int part) {
+__device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Problem & p, int64_t slot, int part) {
     constexpr int kBytes = Stage<n_tiles>::kPartBytes;
     const int at = part % Stage<n_tiles>::kSlots;
-    stage.codes_here[at].copy(stage.codes[at], planes.codes_of(slot) + part * kBytes, kBytes);
+    stage.codes_here[at].copy(stage.codes[at], p.planes.codes_of(slot) + part * kBytes, kBytes, p.reads_once);
     stage.codes_here[at].commit(kBytes);
 }
 
-template <int n_tiles> __device__ __forceinline__ void fetch_grid(Stage<n_tiles> & stage, const Planes & planes, int64_t slot) {
-    stage.grid_here.copy(stage.grid, planes.center_of(slot), sizeof(stage.grid));
+template <int n_tiles> __device__ __forceinline__ void fetch_grid(Stage<n_tiles> & stage, const Problem & p, int64_t slot) {
+    stage.grid_here.copy(stage.grid, p.planes.center_of(slot), sizeof(stage.grid), p.reads_once);
     stage.grid_here.commit(sizeof(stage.grid));
 }
 
@@ -477,10 +477,10 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     }
     const auto stream = [&] {
         if (cells != 0) {
-            fetch_grid(stage, p.planes, first_slot + block);
+            fetch_grid(stage, p, first_slot + block);
 #pragma unroll
             for (int part = 0; part < Stage<n_tiles>::kSlots; ++part) {
-                fetch_codes(stage, p.planes, first_slot + block, part);
+                fetch_codes(stage, p, first_slot + block, part);
             }
         }
     };
@@ -568,13 +568,13 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
             if ((r + 1) % kOfPart == 0) {
                 __syncwarp();  // all lanes have read the part, and the grid
                 if (part == 0 && next_cells != 0) {
-                    fetch_grid(stage, p.planes, first_slot + next);
+                    fetch_grid(stage, p, first_slot + next);
                     bound = bound_of(p.planes, first_slot + next);
                 }
                 const int later = part + Stage<n_tiles>::kSlots;
                 const bool is_of_next = later >= Stage<n_tiles>::kParts;
                 if ((is_of_next ? next_cells : cells) != 0) {
-                    fetch_codes(stage, p.planes, first_slot + (is_of_next ? next : block), later % Stage<n_tiles>::kParts);
+                    fetch_codes(stage, p, first_slot + (is_of_next ? next : block), later % Stage<n_tiles>::kParts);
                 }
             }
         }

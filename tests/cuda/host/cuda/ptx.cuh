@@ -111,7 +111,7 @@ inline void prefetch(const void *) {}
 class Arrival {
   public:
     void init() { phase_ = asked_ = 0; }
-    void copy(void * to, const void * from, int bytes);
+    void copy(void * to, const void * from, int bytes, bool reads_once);
     void commit(int bytes);
     void wait(uint32_t phase);
 
