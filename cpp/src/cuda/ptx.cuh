@@ -66,13 +66,11 @@ __device__ __forceinline__ uint32_t transpose(uint32_t tile) {
     return out;
 }
 
-// For what is read: once, so that it is not to displace other things in L2, the code of the next kernel among them; or as ever.
-__device__ __forceinline__ uint64_t policy(bool reads_once) {
-    uint64_t once;
-    uint64_t as_ever;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(as_ever));
-    return reads_once ? once : as_ever;
+// For what is read once, so that it does not displace other things in L2, the code of the next kernel among them.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 }
 
 // From global into shared memory; there for the thread that asked after wait_for_copies().
@@ -89,7 +87,7 @@ __device__ __forceinline__ void copy_async_or_zero(void * to, const void * from,
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     const int bytes = copies ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(from), "r"(bytes),
-                 "l"(policy(true))
+                 "l"(read_once())
                  : "memory");
 }
 // What was asked for since the last commit_copies() is a batch; all but the last n batches are there after it.
@@ -113,18 +111,25 @@ class Arrival {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
-    __device__ __forceinline__ void copy(void * to, const void * from, int bytes, bool reads_once) {
+    // Long streams are slower with a policy, whichever it is: so there is a form without.
+    template <bool reads_once> __device__ __forceinline__ void copy(void * to, const void * from, int bytes) {
         const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
 #if LOUVER_BULK_COPIES
         if (threadIdx.x % 32 == 0) {
-            asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-                    "r"(shared),
-                "l"(from), "r"(bytes), "r"(address()), "l"(policy(reads_once))
-                : "memory");
+            if constexpr (reads_once) {
+                asm volatile(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+                    "%4;" ::"r"(shared),
+                    "l"(from), "r"(bytes), "r"(address()), "l"(read_once())
+                    : "memory");
+            } else {
+                asm volatile(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                    "l"(from), "r"(bytes), "r"(address())
+                    : "memory");
+            }
         }
 #else
-        (void)reads_once;
         for (int at = static_cast<int>(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + static_cast<uint32_t>(at)),
                          "l"(static_cast<const std::byte *>(from) + at)

@@ -170,7 +170,8 @@ template <int n_quad, class Stream> __device__ __forceinline__ bool begin(const 
 }
 
 // What a warp has of the index, in shared memory or on its way there: a ring of parts of blocks' codes, and a block's grid.
-template <int n_tiles> struct Stage {
+template <int n_tiles, bool once> struct Stage {
+    static constexpr bool kReadsOnce = once;  // what it holds is not to stay in L2
     static constexpr int kQuartersOfPart = n_tiles <= 4 ? 2 : 1;
     static constexpr int kParts = 4 / kQuartersOfPart;  // of a block
     static constexpr int kSlots = 2;
@@ -181,16 +182,15 @@ template <int n_tiles> struct Stage {
     Arrival grid_here;
 };
 
-template <int n_tiles>
-__device__ __forceinline__ void fetch_codes(Stage<n_tiles> & stage, const Problem & p, int64_t slot, int part) {
-    constexpr int kBytes = Stage<n_tiles>::kPartBytes;
-    const int at = part % Stage<n_tiles>::kSlots;
-    stage.codes_here[at].copy(stage.codes[at], p.planes.codes_of(slot) + part * kBytes, kBytes, p.reads_once);
+template <class Ring> __device__ __forceinline__ void fetch_codes(Ring & stage, const Problem & p, int64_t slot, int part) {
+    constexpr int kBytes = Ring::kPartBytes;
+    const int at = part % Ring::kSlots;
+    stage.codes_here[at].template copy<Ring::kReadsOnce>(stage.codes[at], p.planes.codes_of(slot) + part * kBytes, kBytes);
     stage.codes_here[at].commit(kBytes);
 }
 
-template <int n_tiles> __device__ __forceinline__ void fetch_grid(Stage<n_tiles> & stage, const Problem & p, int64_t slot) {
-    stage.grid_here.copy(stage.grid, p.planes.center_of(slot), sizeof(stage.grid), p.reads_once);
+template <class Ring> __device__ __forceinline__ void fetch_grid(Ring & stage, const Problem & p, int64_t slot) {
+    stage.grid_here.template copy<Ring::kReadsOnce>(stage.grid, p.planes.center_of(slot), sizeof(stage.grid));
     stage.grid_here.commit(sizeof(stage.grid));
 }
 
@@ -431,7 +431,7 @@ __device__ __forceinline__ bool add_others(const Problem & p, int group, Shared 
     }
 }
 
-template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
+template <int n_tiles, int n_quad, bool reads_once> __global__ void __launch_bounds__(kWarps * 32, n_tiles * n_quad <= 4 ? 2 : 1)
     scan(const __grid_constant__ Problem p) {
     wait_for_previous();  // launched behind a kernel that is not ours it waits for nothing, but lets the next one start
     std::byte * memory = shared_memory();
@@ -439,10 +439,11 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
     const int group = static_cast<int>(blockIdx.y);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    Stage<n_tiles> & stage = reinterpret_cast<Stage<n_tiles> *>(memory + kSharedBytes)[warp];
+    using Ring = Stage<n_tiles, reads_once>;
+    Ring & stage = reinterpret_cast<Ring *>(memory + kSharedBytes)[warp];
     if (lane == 0) {
 #pragma unroll
-        for (int at = 0; at < Stage<n_tiles>::kSlots; ++at) {
+        for (int at = 0; at < Ring::kSlots; ++at) {
             stage.codes_here[at].init();
         }
         stage.grid_here.init();
@@ -479,7 +480,7 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         if (cells != 0) {
             fetch_grid(stage, p, first_slot + block);
 #pragma unroll
-            for (int part = 0; part < Stage<n_tiles>::kSlots; ++part) {
+            for (int part = 0; part < Ring::kSlots; ++part) {
                 fetch_codes(stage, p, first_slot + block, part);
             }
         }
@@ -542,9 +543,9 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
         float places[n_quad][8];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            constexpr int kOfPart = Stage<n_tiles>::kQuartersOfPart;
+            constexpr int kOfPart = Ring::kQuartersOfPart;
             const int part = r / kOfPart;
-            const int at = part % Stage<n_tiles>::kSlots;
+            const int at = part % Ring::kSlots;
             if (cells != 0) {
                 if (r % kOfPart == 0) {
                     stage.codes_here[at].wait(phases >> at & 1);
@@ -571,10 +572,10 @@ template <int n_tiles, int n_quad> __global__ void __launch_bounds__(kWarps * 32
                     fetch_grid(stage, p, first_slot + next);
                     bound = bound_of(p.planes, first_slot + next);
                 }
-                const int later = part + Stage<n_tiles>::kSlots;
-                const bool is_of_next = later >= Stage<n_tiles>::kParts;
+                const int later = part + Ring::kSlots;
+                const bool is_of_next = later >= Ring::kParts;
                 if ((is_of_next ? next_cells : cells) != 0) {
-                    fetch_codes(stage, p, first_slot + (is_of_next ? next : block), later % Stage<n_tiles>::kParts);
+                    fetch_codes(stage, p, first_slot + (is_of_next ? next : block), later % Ring::kParts);
                 }
             }
         }
@@ -691,7 +692,7 @@ template <class F> void with_tiles(const Problem & p, F && f) {
 
 size_t scan_bytes(const Problem & p) {
     size_t bytes = 0;
-    with_tiles(p, [&]<int n_tiles>() { bytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles>); });
+    with_tiles(p, [&]<int n_tiles>() { bytes = kSharedBytes + kWarps * sizeof(Stage<n_tiles, false>); });
     return bytes;
 }
 
@@ -699,8 +700,11 @@ void launch_scan(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_scan), static_cast<unsigned>(p.n_group));
     with_tiles(p, [&]<int n_tiles>() {
         const Launch launch{grid, kWarps * 32, scan_bytes(p)};
-        p.n_shared <= kQuad ? launch_kernel(scan<n_tiles, 1>, launch, stream, p)
-                            : launch_kernel(scan<n_tiles, 2>, launch, stream, p);
+        const auto with = [&]<int n_quad>() {
+            p.reads_once ? launch_kernel(scan<n_tiles, n_quad, true>, launch, stream, p)
+                         : launch_kernel(scan<n_tiles, n_quad, false>, launch, stream, p);
+        };
+        p.n_shared <= kQuad ? with.template operator()<1>() : with.template operator()<2>();
     });
 }
 

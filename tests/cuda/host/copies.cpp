@@ -26,7 +26,7 @@ void demand(bool holds, const char * what) {
 
 }  // namespace
 
-void Arrival::copy(void * to, const void * from, int bytes, bool) {
+void Arrival::ask(void * to, const void * from, int bytes) {
     __syncwarp();  // the same for all lanes
     demand((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes)) % 16 == 0,
            "a copy that is not aligned");

@@ -111,11 +111,13 @@ inline void prefetch(const void *) {}
 class Arrival {
   public:
     void init() { phase_ = asked_ = 0; }
-    void copy(void * to, const void * from, int bytes, bool reads_once);
+    template <bool reads_once> void copy(void * to, const void * from, int bytes) { ask(to, from, bytes); }
     void commit(int bytes);
     void wait(uint32_t phase);
 
   private:
+    void ask(void * to, const void * from, int bytes);
+
     uint32_t phase_;
     int asked_;  // bytes
 };
