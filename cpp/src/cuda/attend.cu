@@ -1,12 +1,14 @@
-// Exact attention over the survivors of all groups, in even shares, a thread block to each; a share is of one group, its warps
-// take a run of the list each, and others see to a part of what the group drops. The last thread block of a group to end its
-// share puts the group together.
+// Attention of a decode step, in one kernel. A group's blocks of cells are dealt out to the thread blocks of its shares; each scans its
+// own, drops what its part of epsilon allows, and attends to the rest, while other warps of it see to what is dropped. The last
+// thread block of a group to end puts the group together, and the last one of a KV head encodes what has become complete.
 #include "cuda/attend_rows.cuh"
 #include "cuda/attend_tiles.cuh"
 #include "cuda/combine.cuh"
 #include "cuda/drop.cuh"
+#include "cuda/finish.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch.h"
+#include "cuda/select.cuh"
 
 namespace louver::cuda {
 namespace {
@@ -14,18 +16,31 @@ namespace {
 template <class Worker> constexpr int kAttendWarps = Worker::kWarps + kDropWarps;
 template <class Worker> constexpr int kAttendThreads = 32 * kAttendWarps<Worker>;
 
-template <class Worker> struct Shared {
+template <class Worker, int n_channels, int n_most> struct Shared {
+    Queries<n_most, n_channels> queries;
+    double least[n_most];
+    float reference[n_most];
+    int threshold[n_most];
     DropShared drop;
-    PartialHead head[Worker::kWarps][kMaxShared];
-    CombineShared combine;
+    PartialHead head[Worker::kWarps][n_most];
+    Survivors<kAttendWarps<Worker>> survivors;
+    CombineShared<n_most, n_channels> combine;
+    int n_scanned;
+    int n_failed;    // shares of the group
+    int n_pending;
     bool is_last;
-    // Behind it Regions; and of ints
-    // [n_group * n_select] survivors of each part of the lists,
-    // [n_group] of each group,
-    // [n_select + 1] before each part of this group's list, and [n_select] where the part lies, less that.
-    // In the place of all this in the end floats [n_most][n_attend].
+    // Behind it, one after another: what the scan wants, Regions, floats [n_most][n_share], EncodeShared.
 };
-template <class Worker> constexpr size_t kSharedBytes = (sizeof(Shared<Worker>) + 15) / 16 * 16;
+template <class Worker, int n_channels, int n_most>
+constexpr size_t kSharedBytes = (sizeof(Shared<Worker, n_channels, n_most>) + 15) / 16 * 16;
+
+// What the scan wants: a ring to each warp, of smaller parts if the workers are few for want of shared memory.
+template <class Worker, int n_tiles, int n_most> struct ScanMemory {
+    using Scratch = ScanShared<n_most, kAttendWarps<Worker>>;
+    using Ring = Stage<n_tiles, n_tiles <= 4 && Worker::kRoomy ? 2 : 1>;
+    static constexpr size_t kScratch = (sizeof(Scratch) + 15) / 16 * 16;
+    static constexpr size_t kBytes = kScratch + kAttendWarps<Worker> * sizeof(Ring);
+};
 
 // The workers' memory, in floats: in the end each has its output there, and behind it what a warp adds for dropped cells, if
 // there is room for that.
@@ -38,82 +53,12 @@ template <class Worker, int n_channels, int n_most> struct Regions {
     static constexpr size_t kEnd = Worker::kWarps * kStride + (kInside ? 0 : kDropWarps * kOutput);
 };
 
-// Part of a group's survivors, and of the blocks whose other cells are dropped.
-struct Share {
-    SharesOfGroup of;
-    int number;  // among these
-    int begin;
-    int end;
-};
-
-// Survivors to a share, so that there are as many shares as thread blocks at most: every group's last one may be short, and no
-// group has fewer than it takes to see to what it drops.
-__device__ __forceinline__ int share_length(const Problem & p, const int * groups) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    for (int length = 0;;) {
-        int total = 0;
-        int n_large = 0;
-        for (int group = lane; group < p.n_group; group += 32) {
-            const bool is_large = groups[group] > p.least_shares * length;
-            total += is_large ? groups[group] : 0;
-            n_large += is_large ? 1 : 0;
-        }
-        total = __reduce_add_sync(~0u, total);
-        n_large = __reduce_add_sync(~0u, n_large);
-        const int n_even = p.n_attend - n_large - (p.n_group - n_large) * p.least_shares;
-        const int longer = max((total + n_even - 1) / n_even, 1);
-        if (longer <= length) {
-            return length;
-        }
-        length = longer;
-    }
-}
-
-// By a whole thread block.
-__device__ __forceinline__ Share find_share(const Problem & p, int * parts, int * groups) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int lane = thread % 32;
-    for (int group = thread / 32; group < p.n_group; group += static_cast<int>(blockDim.x) / 32) {
-        int sum = 0;
-        for (int k = group * p.n_select + lane; k < (group + 1) * p.n_select; k += 32) {
-            parts[k] = p.n_survivors[k];
-            sum += parts[k];
-        }
-        sum = __reduce_add_sync(~0u, sum);
-        if (lane == 0) {
-            groups[group] = sum;
-        }
-    }
-    __syncthreads();
-    const int length = share_length(p, groups);
-    const int number = static_cast<int>(blockIdx.x);
-    int before = 0;
-    for (int first = 0; first < p.n_group; first += 32) {
-        const int group = first + lane;
-        const int survivors = group < p.n_group ? groups[group] : 0;
-        const int n = group < p.n_group ? max((survivors + length - 1) / length, p.least_shares) : 0;
-        const int place = before + exclusive_sum(n);
-        const unsigned own = __ballot_sync(~0u, place <= number && number < place + n);
-        if (own != 0) {
-            const int from = __ffs(static_cast<int>(own)) - 1;
-            Share share;
-            share.of = {first + from, __shfl_sync(~0u, place, from), __shfl_sync(~0u, n, from),
-                        __shfl_sync(~0u, survivors, from)};
-            share.number = number - share.of.first;
-            share.begin = min(share.number * length, share.of.survivors);
-            share.end = min(share.begin + length, share.of.survivors);
-            return share;
-        }
-        before += __reduce_add_sync(~0u, n);
-    }
-    return {{-1, 0, 0, 0}, 0, 0, 0};
-}
-
 // What the warps found, as one share of the group, with what is added for the dropped cells.
 template <class Worker, int n_channels, int n_most>
-__device__ __forceinline__ void write_share(const Problem & p, int n_query, const Shared<Worker> & s, const float * regions) {
+__device__ __forceinline__ void write_share(const Problem & p, int share, int n_query, const Shared<Worker, n_channels, n_most> & s,
+                                            const float * regions) {
     using Memory = Regions<Worker, n_channels, n_most>;
-    const int64_t number = static_cast<int64_t>(blockIdx.x) * p.n_shared;
+    const int64_t number = static_cast<int64_t>(share) * p.n_shared;
     const int dim = p.values.dim;
     for (int k = static_cast<int>(threadIdx.x); k < n_query * n_channels; k += kAttendThreads<Worker>) {
         const int i = k / n_channels;
@@ -143,16 +88,14 @@ __device__ __forceinline__ void write_share(const Problem & p, int n_query, cons
             p.part[(number + i) * dim + c] = sum;
         }
         if (c == 0) {
-            p.partial[number + i] = {peak, kept};
-            float dropped = 0;
-            float compensation = 0;
+            ShareHead head{peak, kept, 0, 0, s.least[i], s.threshold[i], 0};
 #pragma unroll
             for (int w = 0; w < kDropWarps; ++w) {
-                dropped += s.drop.dropped[w][i];
-                compensation += s.drop.compensation[w][i];
+                head.dropped += s.drop.dropped[w][i];
+                head.compensation += s.drop.compensation[w][i];
             }
-            p.dropped[number + i] = dropped * kEdgeFactor;
-            p.compensation[number + i] = compensation;
+            head.dropped *= kEdgeFactor;
+            p.of_share[number + i] = head;
         }
     }
     if (threadIdx.x == 0) {
@@ -161,176 +104,207 @@ __device__ __forceinline__ void write_share(const Problem & p, int n_query, cons
         for (int w = 0; w < kDropWarps; ++w) {
             longest = fmaxf(longest, s.drop.value_norm[w]);
         }
-        p.value_norm[blockIdx.x] = longest;
+        p.counts[share] = {s.n_scanned, s.survivors.n(), longest};
     }
 }
 
-// Where the survivors of a group are in its list, by their rank; by a whole thread block, which has to meet before it is used.
-struct Places {
-    const int32_t * list;
-    int n_parts;
-    int * before;
-    int * place;
-
-    __device__ __forceinline__ Places(const Problem & p, int group, const int * parts, int * memory)
-        : list(p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells),
-          n_parts(p.n_select),
-          before(memory),
-          place(memory + p.n_select + 1) {
-        const int lane = static_cast<int>(threadIdx.x);
-        if (lane >= 32) {
-            return;
-        }
-        int sum = 0;
-        for (int first = 0; first < p.n_select; first += 32) {
-            const int part = first + lane;
-            const int n = part < p.n_select ? parts[group * p.n_select + part] : 0;
-            const int begin = sum + exclusive_sum(n);
-            if (part < p.n_select) {
-                before[part] = begin;
-                place[part] = p.select_begin(part) * kBlockCells - begin;
-            }
-            sum += __reduce_add_sync(~0u, n);
-        }
-    }
-
-    __device__ __forceinline__ const int32_t * operator()(int rank) const {
-        int low = 0;  // the last part that begins at or before the rank
-        int high = n_parts;
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            (before[middle] <= rank ? low : high) = middle;
-        }
-        return list + place[low] + rank;
-    }
-};
-
-template <class Worker, DType type, int n_channels, int n_most> __global__ void __launch_bounds__(kAttendThreads<Worker>, 1)
-    attend(const __grid_constant__ Problem p) {
+template <class Worker, DType type, int n_channels, int n_tiles, int n_most>
+__global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid_constant__ Problem p) {
     std::byte * memory = shared_memory();
-    Shared<Worker> & s = *reinterpret_cast<Shared<Worker> *>(memory);
-    const int number = static_cast<int>(blockIdx.x);
+    auto & s = *reinterpret_cast<Shared<Worker, n_channels, n_most> *>(memory);
+    memory += kSharedBytes<Worker, n_channels, n_most>;
+    float * regions = reinterpret_cast<float *>(memory);
+    using Memory = Regions<Worker, n_channels, n_most>;
+    const int group = static_cast<int>(blockIdx.y);
+    const int first_share = group * p.n_share;
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
-    if (number < p.n_attend) {
-        fill_edges(s.drop);
+    const int n_query = p.n_query_of(group);
+    const int row = p.row_of_group(group);
+    const bool is_plain = p.sight[row].plain != 0;
+    const bool asked = p.attend_all[group] != 0;
+    const bool scans = p.epsilon > 0 && is_plain && !asked && !(p.spares_uniform && *p.uniform_of(group) > 0);
+    int share = static_cast<int>(blockIdx.x);
+    OwnBlocks own(p, share, p.n_share);
+    fill_edges(s.drop);
+    load_queries<n_most, n_channels, kAttendWarps<Worker>>(p, group, s.queries);
+    using Scan = ScanMemory<Worker, n_tiles, n_most>;
+    auto & scan = *reinterpret_cast<typename Scan::Scratch *>(memory);
+    bool begun = false;  // the same in all thread blocks of the group, as what follows from it
+    bool is_sound = true;
+    if (scans) {
+        auto & ring = reinterpret_cast<typename Scan::Ring *>(memory + Scan::kScratch)[warp];
+        is_sound = scan_share<n_tiles>(p, group, own, s.queries, scan, ring, begun);
     }
-    wait_for_previous();
-    if (number >= p.n_attend) {
-        if (thread < kEncodeThreads) {
-            encode_pending<type>(p, number - p.n_attend, *reinterpret_cast<EncodeShared *>(memory));
-        }
-        return;
-    }
-    using Memory = Regions<Worker, n_channels, n_most>;
-    float * regions = reinterpret_cast<float *>(memory + kSharedBytes<Worker>);
-    int * parts = reinterpret_cast<int *>(regions + Memory::kEnd);
-    int * groups = parts + p.n_group * p.n_select;
-    const Share share = find_share(p, parts, groups);
-    if (share.of.group < 0) {
-        return;
-    }
-    const int group = share.of.group;
-    const Places place_of(p, group, parts, groups + p.n_group);
-    if (share.number == 0) {
-        // Cleared for the next step: select is through with them, and a scan that was given up has counted too.
-        for (int k = thread; k < p.n_shared * kBins; k += kAttendThreads<Worker>) {
-            p.histogram[static_cast<int64_t>(group) * p.n_shared * kBins + k] = 0;
-        }
-        if (thread < p.n_shared) {
-            p.lower[group * p.n_shared + thread] = {0, 0};
+    bool met = asked || (p.epsilon > 0 && !is_plain) || (scans && !begun);
+    const bool failed = begun && !is_sound;  // this share: its last thread block will attend to all of the group
+    if (begun && warp < n_query) {
+        const double least = least_mass(scan, warp, p.n_share);
+        const int threshold = mass_threshold(scan.histogram[warp], static_cast<double>(p.epsilon) * least);
+        if (thread % 32 == 0) {
+            s.threshold[warp] = threshold;
+            s.least[warp] = least;
         }
     }
-    __syncthreads();
-    if (warp < Worker::kWarps) {
-        const int row = p.row_of_group(group);
-        const std::byte * mask =
-            p.sight[row].plain != 0 || p.mask.data == nullptr
-                ? nullptr
-                : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
-        const int length = share.end - share.begin;
-        float * output = regions + warp * Memory::kStride;
-        Worker worker(p, reinterpret_cast<std::byte *>(output));
-        worker.run(group, share.begin + length * warp / Worker::kWarps, share.begin + length * (warp + 1) / Worker::kWarps, mask,
-                   place_of);
-        worker.end(s.head[warp], output, p.n_query_of(group));
-        __syncthreads();
-    } else {
-        const int worker = warp - Worker::kWarps;
-        const auto block = [&](int which) { return static_cast<int>(static_cast<int64_t>(p.n_blocks) * which / share.of.n); };
-        const Drop<n_most, n_channels> drop(p, group);
-        drop.run(block(share.number), block(share.number + 1), worker, s.drop,
-                 regions + Memory::kAdded + worker * Memory::kAddedStride);
+    if (!begun && thread < n_query) {
+        s.threshold[thread] = kAttendAll;
+        s.least[thread] = 0;
     }
-    __syncthreads();
-    write_share<Worker, n_channels, n_most>(p, p.n_query_of(group), s, regions);
-    __syncthreads();
+    if (thread < n_most) {
+        s.reference[thread] = begun ? scan.reference[thread] : 0.0f;
+        if (share == 0 && thread < n_query) {
+            p.reference[group * p.n_shared + thread] = s.reference[thread];
+        }
+    }
     if (thread == 0) {
-        __threadfence();
-        s.is_last = atomicAdd(&p.arrived[group], 1) == share.of.n - 1;
-        if (s.is_last) {
-            p.arrived[group] = 0;
+        s.n_scanned = 0;
+        if (begun) {
+            for (int w = 0; w < kAttendWarps<Worker>; ++w) {
+                s.n_scanned += scan.scanned[w];
+            }
+        }
+        const int even = p.n_blocks / p.n_share;
+        const int before = share * even + min(share, p.n_blocks % p.n_share);  // blocks of other shares
+        s.survivors.list = p.survivors + (static_cast<int64_t>(group) * p.n_blocks + before) * kBlockCells;
+        s.survivors.n_own = own.n;
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (bool whole = false;;) {
+        select_share<n_most>(p, group, own, failed && !whole ? nullptr : s.threshold, s.survivors);
+        __syncthreads();
+        if (warp < Worker::kWarps) {
+            const std::byte * mask = is_plain || p.mask.data == nullptr
+                                         ? nullptr
+                                         : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
+            const int n = s.survivors.n();
+            float * output = regions + warp * Memory::kStride;
+            Worker worker(p, reinterpret_cast<std::byte *>(output));
+            worker.run(group, n * warp / Worker::kWarps, n * (warp + 1) / Worker::kWarps, mask, s.survivors, s.queries, s.reference);
+            worker.end(s.head[warp], output, n_query);
+            __syncthreads();
+        } else {
+            const int worker = warp - Worker::kWarps;
+            const Drop<n_most, n_channels> drop(p, group, own);
+            drop.run(begun && !failed && !whole ? own.n : 0, worker, s.drop,
+                     regions + Memory::kAdded + worker * Memory::kAddedStride);
+        }
+        __syncthreads();
+        write_share<Worker, n_channels, n_most>(p, first_share + share, n_query, s, regions);
+        __syncthreads();
+        if (whole) {
+            break;
+        }
+        if (thread == 0) {
+            constexpr int kFailed = 1 << 16;
+            __threadfence();
+            const int before = atomicAdd(&p.arrived[group], 1 + (failed ? kFailed : 0));
+            s.is_last = before % kFailed == p.n_share - 1;
+            s.n_failed = before / kFailed + (failed ? 1 : 0);
+            if (s.is_last) {
+                p.arrived[group] = 0;
+                __threadfence();  // for all who meet here
+            }
+        }
+        __syncthreads();
+        if (!s.is_last) {
+            return;
+        }
+        if (s.n_failed == 0) {
+            break;
+        }
+        // Something was met that is not finite, and not by all: once more, all of the group, as one share.
+        whole = met = true;
+        share = 0;
+        own = OwnBlocks(p, 0, 1);
+        if (thread < n_most) {
+            s.threshold[thread] = kAttendAll;
+            s.reference[thread] = 0;
+            s.least[thread] = 0;
+        }
+        if (thread == 0) {
+            s.n_scanned = 0;
+            s.survivors.list = p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells;
+            s.survivors.n_own = own.n;
+        }
+        __syncthreads();
+    }
+    const bool is_alone = p.groups_of_pair() == 1;
+    const int pending = thread == 0 && is_alone ? __ldcg(p.n_pending + p.pair_of(group)) : 0;  // arrives meanwhile
+    combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, group, first_share, s.n_failed > 0 ? 1 : p.n_share, met ? 1 : 0,
+                                                            s.reference, s.combine, regions);
+    if (thread == 0) {
+        s.is_last = true;
+        s.n_pending = pending;
+        if (!is_alone) {
+            int32_t & combined = p.combined[p.pair_of(group)];
+            __threadfence();
+            s.is_last = atomicAdd(&combined, 1) == p.groups_of_pair() - 1;
+            if (s.is_last) {
+                combined = 0;
+                __threadfence();
+                s.n_pending = __ldcg(p.n_pending + p.pair_of(group));
+            }
         }
     }
     __syncthreads();
-    if (s.is_last) {
-        __threadfence();
-        combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, share.of, s.combine, regions);
+    if (!s.is_last) {
+        return;
+    }
+    note_uniform(p, group);
+    if (s.n_pending > 0 && thread < kEncodeThreads) {
+        encode_pending<type>(p, group, s.n_pending, *reinterpret_cast<EncodeShared *>(memory));
     }
 }
 
-template <class Worker, int n_channels, int n_most> size_t bytes_of(const Problem & p) {
-    constexpr size_t kRegions = Regions<Worker, n_channels, n_most>::kEnd * sizeof(float);
+template <class Worker, int n_channels, int n_tiles, int n_most> size_t bytes_of(const Problem & p) {
     static_assert(kAttendThreads<Worker> >= kEncodeThreads);
-    const size_t ints = static_cast<size_t>(p.n_group * p.n_select + p.n_group + 2 * p.n_select + 1) * sizeof(int);
-    const size_t factors = static_cast<size_t>(n_most * p.n_attend) * sizeof(float);
-    return std::max(kSharedBytes<Worker> + std::max(kRegions + ints, factors), sizeof(EncodeShared));
+    return kSharedBytes<Worker, n_channels, n_most> +
+           std::max({ScanMemory<Worker, n_tiles, n_most>::kBytes, Regions<Worker, n_channels, n_most>::kEnd * sizeof(float),
+                     static_cast<size_t>(n_most * p.n_share) * sizeof(float), sizeof(EncodeShared)});
 }
 
-// f.template operator()<Worker, type, n_channels, n_most>(), whose bytes of shared memory the device has if there is such a
-// worker.
-template <DType type, int n_channels, class F> void with_worker(const Problem & p, F && f) {
-    if constexpr (on_tensor_cores(type)) {
-        const auto with = [&]<int n_most>() {
+// f.template operator()<Worker, type, n_channels, n_tiles, n_most>(), whose bytes of shared memory the device has if there is such
+// a worker.
+template <DType type, int n_channels, int n_tiles, class F> void with_worker(const Problem & p, F && f) {
+    const auto with = [&]<int n_most>() {
+        if constexpr (on_tensor_cores(type)) {
             // As many warps as the registers hold, which a quarter of a thread's numbers of queries and outputs takes.
             constexpr int kNumbers = n_channels * n_most * Split<type>::kParts / 8;
             constexpr int kWarps = kNumbers <= 128 ? 12 : kNumbers <= 256 ? 8 : 4;
-            using Large = Tiles<type, n_channels, n_most, 16, kWarps>;
-            using Small = Tiles<type, n_channels, n_most, 16, kWarps == 4 ? 4 : n_channels <= 128 ? 8 : 4>;
-            if (bytes_of<Large, n_channels, n_most>(p) <= p.most_shared) {
-                f.template operator()<Large, type, n_channels, n_most>();
+            using Large = Tiles<type, n_channels, n_most, 16, kWarps, true>;
+            using Small = Tiles<type, n_channels, n_most, 16, kWarps == 4 ? 4 : n_channels <= 128 ? 8 : 4, false>;
+            if (bytes_of<Large, n_channels, n_tiles, n_most>(p) <= p.most_shared) {
+                f.template operator()<Large, type, n_channels, n_tiles, n_most>();
             } else {
-                f.template operator()<Small, type, n_channels, n_most>();
+                f.template operator()<Small, type, n_channels, n_tiles, n_most>();
             }
-        };
-        p.n_shared <= 4 ? with.template operator()<4>() : with.template operator()<8>();
-    } else {
-        with_queries(p.n_shared,
-                     [&]<int n_most>() { f.template operator()<Rows<type, n_channels, n_most>, type, n_channels, n_most>(); });
-    }
+        } else {
+            f.template operator()<Rows<type, n_channels, n_most>, type, n_channels, n_tiles, n_most>();
+        }
+    };
+    p.n_shared <= 4 ? with.template operator()<4>() : with.template operator()<8>();
 }
 
 template <class F> void with_worker(const Problem & p, F && f) {
-    const int dim = max(p.keys.dim, p.values.dim);
     with_type(p.keys.type, [&]<DType type>() {
-        dim <= 64 ? with_worker<type, 64>(p, f) : dim <= 128 ? with_worker<type, 128>(p, f) : with_worker<type, 256>(p, f);
+        switch (p.planes.n_tiles) {
+            case 2: return with_worker<type, 64, 2>(p, f);
+            case 3: return with_worker<type, 128, 3>(p, f);
+            case 4: return with_worker<type, 128, 4>(p, f);
+            default: return with_worker<type, 256, 8>(p, f);
+        }
     });
 }
 
 }  // namespace
 
-size_t attend_bytes(const Problem & p) {
-    size_t bytes = 0;
-    with_worker(p,
-                [&]<class Worker, DType type, int n_channels, int n_most>() { bytes = bytes_of<Worker, n_channels, n_most>(p); });
-    return bytes;
-}
-
 void launch_attend(const Problem & p, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(p.n_attend + kEncoders));
-    with_worker(p, [&]<class Worker, DType type, int n_channels, int n_most>() {
-        launch_kernel(attend<Worker, type, n_channels, n_most>,
-                      {grid, kAttendThreads<Worker>, bytes_of<Worker, n_channels, n_most>(p), p.overlaps}, stream, p);
+    const dim3 grid(static_cast<unsigned>(p.n_share), static_cast<unsigned>(p.n_group));
+    with_worker(p, [&]<class Worker, DType type, int n_channels, int n_tiles, int n_most>() {
+        launch_kernel(attend<Worker, type, n_channels, n_tiles, n_most>,
+                      {grid, kAttendThreads<Worker>, bytes_of<Worker, n_channels, n_tiles, n_most>(p)}, stream, p);
     });
 }
 
@@ -341,7 +315,11 @@ bool fits(const Problem & p) {
     if (p.n_blocks > 1 << kMostBlockBits) {
         return false;
     }
-    return std::max({scan_bytes(p), select_bytes(p), attend_bytes(p)}) <= p.most_shared;
+    size_t bytes = 0;
+    with_worker(p, [&]<class Worker, DType type, int n_channels, int n_tiles, int n_most>() {
+        bytes = bytes_of<Worker, n_channels, n_tiles, n_most>(p);
+    });
+    return bytes <= p.most_shared;
 }
 
 }  // namespace louver::cuda

@@ -4,6 +4,7 @@
 
 #include "cuda/problem.h"
 #include "cuda/rows.cuh"
+#include "cuda/scan.cuh"
 #include "cuda/warp.cuh"
 
 namespace louver::cuda {
@@ -41,7 +42,8 @@ __device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
 
 // n_most: queries to a group.
 template <DType type, int n_channels, int n_most> struct Rows {
-    static constexpr int kWarps = n_most <= 4 ? 12 : 4;
+    static constexpr int kWarps = n_most > 4 ? 4 : n_channels <= 128 ? 12 : 8;
+    static constexpr bool kRoomy = false;
     static constexpr int width = n_channels / 8;  // lanes to a row
     // Rows in flight: as many as the registers hold.
     static constexpr int kAhead = 4;
@@ -61,34 +63,23 @@ template <DType type, int n_channels, int n_most> struct Rows {
 
     __device__ Rows(const Problem & problem, std::byte *) : p(problem) {}
 
-    __device__ __forceinline__ void load_queries(int group) {
-        const int n_query = p.n_query_of(group);
-        const bool all = p.threshold[group * p.n_shared] == kAttendAll;
-        const float * first = p.query_of(group, 0);
+    // The survivors [begin, end); references: [n_most], of the scores.
+    template <class PlaceOf>
+    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
+                        const Queries<n_most, n_channels> & queries, const float * references) {
+        const int64_t first_row = p.first_row(group);
+        const int kv_head = p.kv_head_of(group);
 #pragma unroll
         for (int i = 0; i < n_most; ++i) {
             peak[i] = -infinity();
             kept[i] = 0;
-            reference[i] = i < n_query && !all ? p.reference[group * p.n_shared + i] : 0.0f;
-            // Where there is none, another is loaded and not taken: a branch around each element would be most of the code.
-            const auto * q = reinterpret_cast<const float *>(reinterpret_cast<const std::byte *>(first) +
-                                                             min(i, n_query - 1) * p.query_head_stride);
-            const bool is_there = i < n_query && has_key;
+            reference[i] = references[i];
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 output[i][e] = 0;
-                const float x = q[has_key ? channel + e : e];
-                query[i][e] = is_there ? x : 0.0f;
+                query[i][e] = queries.of[i][channel + e];
             }
         }
-    }
-
-    // The survivors [begin, end) of the group.
-    template <class PlaceOf>
-    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of) {
-        const int64_t first_row = p.first_row(group);
-        const int kv_head = p.kv_head_of(group);
-        load_queries(group);
         for (int first = begin; first < end; first += 32) {
             const int rank = first + lane % width * (32 / width) + lane / width;
             attend(first_row, kv_head, rank < end ? *place_of(rank) : -1, mask);

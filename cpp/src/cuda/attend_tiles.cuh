@@ -6,6 +6,7 @@
 
 #include "cuda/problem.h"
 #include "cuda/rows.cuh"
+#include "cuda/scan.cuh"
 #include "cuda/warp.cuh"
 
 namespace louver::cuda {
@@ -53,8 +54,9 @@ template <DType type> __device__ __forceinline__ uint32_t part_of(float a, float
     return part;
 }
 
-// n_most: queries to a group, 4 or 8; n_keys: to a chunk; n_warps: of a thread block that work.
-template <DType type, int n_channels, int n_most, int n_keys, int n_warps> struct Tiles {
+// n_most: queries to a group, 4 or 8; n_keys: to a chunk; n_warps: of a thread block that work; is_roomy: shared memory is not short.
+template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool is_roomy> struct Tiles {
+    static constexpr bool kRoomy = is_roomy;
     static constexpr int kKeys = n_keys;
     static constexpr int kWarps = n_warps;
     static constexpr int kQuads = n_most / 4;
@@ -121,15 +123,16 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps> struc
     };
 
     // The lane's channels of a query.
-    __device__ __forceinline__ void load_query(int group, int i, float (&own)[kSteps][4]) const {
-        const bool is_there = i < p.n_query_of(group);
-        const float * from = p.query_of(group, is_there ? i : 0);
+    __device__ __forceinline__ void load_query(const Queries<n_most, n_channels> & queries, int i,
+                                               float (&own)[kSteps][4]) const {
+        const float * from = &queries.of[i][lane % 4 * 2];
 #pragma unroll
         for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int c = 16 * t + e / 2 * 8 + lane % 4 * 2 + e % 2;
-                own[t][e] = is_there && c < p.keys.dim ? from[c] : 0.0f;
+            for (int half = 0; half < 2; ++half) {
+                const float2 both = *reinterpret_cast<const float2 *>(from + 16 * t + half * 8);
+                own[t][2 * half] = both.x;
+                own[t][2 * half + 1] = both.y;
             }
         }
     }
@@ -162,9 +165,11 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps> struc
         }
     }
 
-    // The survivors [begin, end) of the group; place_of says where in global memory the number of a survivor's cell is.
+    // The survivors [begin, end); place_of says where in global memory the number of a survivor's cell is. references: [n_most], of
+    // the scores.
     template <class PlaceOf>
-    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of) {
+    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
+                        const Queries<n_most, n_channels> & queries, const float * references) {
         if (begin >= end) {
             return;
         }
@@ -178,35 +183,29 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps> struc
             }
         };
         int cell = is_mine(begin) ? *place_of(begin + lane) : -1;
-        float own[kSteps][4];  // the queries are on their way with the first rows
-        load_query(group, lane / 8, own);
-        const bool all = p.threshold[group * p.n_shared] == kAttendAll;
-#pragma unroll
-        for (int z = 0; z < kQuads; ++z) {
-            const int i = 4 * z + lane % 4;
-            const bool is_there = i < p.n_query_of(group);
-            const float scanned_with = p.reference[group * p.n_shared + (is_there ? i : 0)];
-            reference[z] = is_there && !all ? scanned_with : 0.0f;
-        }
-        ask(begin + kKeys, 1);
         load(p.keys, first_row, kv_head, cell, keys);
+        ask(begin + kKeys, 1);
         commit_copies();
         load(p.values, first_row, kv_head, cell, values);
         commit_copies();
-        take_query(own, 0);
-        if constexpr (kQuads > 1) {
-            load_query(group, 4 + lane / 8, own);
-            take_query(own, 1);
+        float own[kSteps][4];
+#pragma unroll
+        for (int z = 0; z < kQuads; ++z) {
+            load_query(queries, 4 * z + lane / 8, own);
+            take_query(own, z);
+            reference[z] = references[4 * z + lane % 4];
         }
         if constexpr (kHasThird) {
             // Of the query in column lane / 4.
-            load_query(group, lane / 8 + lane / 4 % 2 * 4, own);
+            load_query(queries, kQuads > 1 ? lane / 8 + lane / 4 % 2 * 4 : lane / 8, own);
+            const bool is_there = kQuads > 1 || lane / 4 % 2 == 0;
             const Factor by(own);
 #pragma unroll
             for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    third[t][half] = part_of<type>(own[t][2 * half] * by.factor, own[t][2 * half + 1] * by.factor, 2);
+                    third[t][half] =
+                        is_there ? part_of<type>(own[t][2 * half] * by.factor, own[t][2 * half + 1] * by.factor, 2) : 0u;
                 }
             }
         }
@@ -221,8 +220,8 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps> struc
             __syncwarp();
             const int next = is_mine(first + kKeys) ? cells[1 - slot][lane] : -1;
             if (has_next) {
-                ask(first + 2 * kKeys, slot);
                 load(p.keys, first_row, kv_head, next, keys);
+                ask(first + 2 * kKeys, slot);
             }
             commit_copies();
 #pragma unroll

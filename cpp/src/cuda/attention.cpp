@@ -61,7 +61,7 @@ struct CacheIndex::Storage {
 };
 
 CacheIndex::CacheIndex(int device, const Plane & keys, const Plane & values, int n_stream, int n_head_kv, int64_t kv_size,
-                       int n_gqa)
+                       int n_gqa, int widest)
     : device_(device),
       keys_(keys),
       values_(values),
@@ -70,7 +70,7 @@ CacheIndex::CacheIndex(int device, const Plane & keys, const Plane & values, int
       storage_(std::make_unique<Storage>()) {
     planes_.key_dim = keys.dim;
     planes_.value_dim = values.dim;
-    planes_.n_tiles = tiles_for(keys.dim);
+    planes_.n_tiles = tiles_for(std::max({keys.dim, values.dim, widest}));
     planes_.n_head_kv = n_head_kv;
     planes_.n_blocks = n_blocks_for(kv_size);
     const size_t slots = static_cast<size_t>(n_stream) * static_cast<size_t>(n_head_kv) * static_cast<size_t>(planes_.n_blocks);
@@ -192,11 +192,10 @@ struct Workspace::Storage {
 
     // Zero between ops, at places that do not depend on the shape.
     void lay_zeros(Parts & parts, Problem & p) const {
-        p.histogram = parts.take<uint32_t>(static_cast<size_t>(room.n_query) * kBins);
-        p.lower = parts.take<Mass>(static_cast<size_t>(room.n_query));
         p.attend_all = parts.take<int32_t>(static_cast<size_t>(room.n_group));
         p.arrived = parts.take<int32_t>(static_cast<size_t>(room.n_group));
-        p.n_pending = parts.take<int32_t>(2);
+        p.combined = parts.take<int32_t>(static_cast<size_t>(room.n_group));
+        p.n_pending = parts.take<int32_t>(static_cast<size_t>(room.n_group));
         p.check_sums = parts.take<double>(2 * static_cast<size_t>(room.n_query));
     }
 
@@ -206,7 +205,6 @@ struct Workspace::Storage {
 Workspace::Workspace(int device) : device_(device), storage_(std::make_unique<Storage>()) {
     check(cudaDeviceGetAttribute(&n_processors_, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     most_shared_ = most_shared_of(device);
-    check(cudaDeviceGetAttribute(&compute_major_, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
 }
 
 Workspace::~Workspace() {
@@ -251,10 +249,9 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const size_t g = static_cast<size_t>(room.n_group);
     const size_t blocks = static_cast<size_t>(room.n_blocks);
     const size_t cells = blocks * kBlockCells;
-    // Parts of all groups together, of the kind of which there are most.
-    const size_t parts = static_cast<size_t>(2 * n_processors_) + g * (2 + (blocks + kMostShare - 1) / kMostShare);
-    const size_t bytes = q * (kBins * 4 + 64 + cells + blocks * 4) + g * (64 + cells * 4 + cells / 8) +
-                         parts * kMaxShared * (static_cast<size_t>(room.value_dim) * 4 + 64) +
+    const size_t shares = static_cast<size_t>(kMostRounds * n_processors_) + g;  // of all groups together
+    const size_t bytes = q * (64 + cells + blocks * 4) + g * (64 + cells * 4 + blocks * 16) +
+                         shares * (16 + kMaxShared * (static_cast<size_t>(room.value_dim) * 4 + sizeof(ShareHead))) +
                          static_cast<size_t>(room.n_slot) * 4 +
                          static_cast<size_t>(room.n_row) * (sizeof(Sight) + (blocks + 1) * 8) + 32 * 256;
     const OnDevice on(device_);
@@ -302,7 +299,6 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.certified = op.settings.certified;
     p.compensate = op.settings.compensate;
     p.check = op.settings.check;
-    p.overlaps = compute_major_ >= 9;
     p.spares_uniform = !op.settings.check && op.settings.epsilon > 0;
     // A short scan leaves L2 to what is read again, the code of the kernels among it; a long one is slower for it.
     constexpr int64_t kMostReadOnce = int64_t{96} << 20;
@@ -322,27 +318,18 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const size_t q = static_cast<size_t>(p.n_group) * static_cast<size_t>(p.n_shared);
     const size_t g = static_cast<size_t>(p.n_group);
     const size_t blocks = static_cast<size_t>(p.n_blocks);
-    const size_t n_scan = static_cast<size_t>(p.n_scan);
-    const size_t n_select = static_cast<size_t>(p.n_select);
-    const size_t shares = static_cast<size_t>(p.n_attend);
+    const size_t shares = g * static_cast<size_t>(p.n_share);
     const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(p.values.dim);
     p.pending = parts.take<int32_t>(static_cast<size_t>(s.room.n_slot));
-    p.query_norm = parts.take<float>(q);
     p.reference = parts.take<float>(q);
-    p.threshold = parts.take<int32_t>(q);
-    p.least = parts.take<double>(q);
-    p.key_norm = parts.take<float>(g * n_scan);
-    p.scanned = parts.take<int32_t>(g * n_scan);
     p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);
     p.slack = parts.take<float>(q * blocks);
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
-    p.n_survivors = parts.take<int32_t>(g * n_select);
-    p.dropped = parts.take<float>(shares * n_shared);
-    p.compensation = parts.take<float>(shares * n_shared);
-    p.value_norm = parts.take<float>(shares);
-    p.partial = parts.take<PartialHead>(shares * n_shared);
+    p.bounded = parts.take<uint64_t>(g * blocks);
+    p.counts = parts.take<ShareCounts>(shares);
+    p.of_share = parts.take<ShareHead>(shares * n_shared);
     p.part = parts.take<float>(shares * n_shared * value_dim);
     if (parts.bytes() > s.memory.bytes()) {
         throw Error("louver: the CUDA workspace is smaller than an op needs (" + std::to_string(s.memory.bytes()) + " of " +
@@ -364,19 +351,14 @@ void Workspace::see(const CacheIndex & index, const AttentionOp & op, void * str
 
 void Workspace::attend(const CacheIndex & index, const AttentionOp & op, void * stream) {
     const Problem p = problem(index, op);
-    if (p.epsilon > 0) {
-        mark("scan");
-        launch_scan(p, as_stream(stream));
-    }
-    mark("select");
-    launch_select(p, as_stream(stream));
+    launch_attend(p, as_stream(stream));
     if (p.check) {
-        mark("check");
         launch_check(p, as_stream(stream));
     }
-    mark("attend");
-    launch_attend(p, as_stream(stream));
-    mark(nullptr);
+}
+
+void Workspace::scan(const CacheIndex & index, const AttentionOp & op, void * stream) {
+    launch_scan(problem(index, op), as_stream(stream));
 }
 
 bool Workspace::fits(const CacheIndex & index, const AttentionOp & op) { return cuda::fits(problem(index, op)); }

@@ -27,8 +27,9 @@ std::vector<Device> devices();
 // The planes of a cache, zero at first: nothing is indexed. Throws Error if the memory cannot be had.
 class CacheIndex {
   public:
-    // keys and values describe rows [n_stream][kv_size]; types and dims as in serves().
-    CacheIndex(int device, const Plane & keys, const Plane & values, int n_stream, int n_head_kv, int64_t kv_size, int n_gqa);
+    // keys and values describe rows [n_stream][kv_size]; types and dims as in serves(). widest: for values of that dimension later.
+    CacheIndex(int device, const Plane & keys, const Plane & values, int n_stream, int n_head_kv, int64_t kv_size, int n_gqa,
+               int widest = 0);
     ~CacheIndex();
     CacheIndex(const CacheIndex &) = delete;
     CacheIndex & operator=(const CacheIndex &) = delete;
@@ -125,12 +126,8 @@ class Workspace {
     // Encodes what is complete by the mask last seen.
     void repair(const CacheIndex & index, const AttentionOp & op, void * stream);
 
-    // Where attend() spends its time: called with the name of a phase before its kernel is launched, and with null at the end.
-    using Probe = void (*)(void * context, const char * phase);
-    void set_probe(Probe probe, void * context) {
-        probe_ = probe;
-        probe_context_ = context;
-    }
+    // The scan alone, to be timed.
+    void scan(const CacheIndex & index, const AttentionOp & op, void * stream);
 
     // Whether the device has the shared memory that the op's kernels want. Room has been made for the op.
     bool fits(const CacheIndex & index, const AttentionOp & op);
@@ -146,21 +143,13 @@ class Workspace {
 
   private:
     Problem problem(const CacheIndex & index, const AttentionOp & op);
-    void mark(const char * phase) const {
-        if (probe_ != nullptr) {
-            probe_(probe_context_, phase);
-        }
-    }
 
     struct Storage;
     int device_;
     int n_processors_;
-    int compute_major_;
     size_t most_shared_;
     int64_t generation_ = 0;
     std::unique_ptr<Storage> storage_;
-    Probe probe_ = nullptr;
-    void * probe_context_ = nullptr;
 };
 
 }  // namespace louver::cuda

@@ -1,5 +1,4 @@
-// Every visible cell in float64 against what was decided without looking (DecodeSettings::check). Runs before the parts are
-// combined.
+// Every visible cell in float64 against what was decided without looking (DecodeSettings::check). Runs when the step is done.
 #include "cuda/certify.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch.h"
@@ -18,7 +17,10 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
     }
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int query = group * p.n_shared + i;
-    const int threshold = p.threshold[query];
+    int threshold = kAttendAll;
+    for (int share = 0; share < p.n_share; ++share) {
+        threshold = max(threshold, p.of_share[static_cast<int64_t>(group * p.n_share + share) * p.n_shared + i].threshold);
+    }
     const bool all = threshold == kAttendAll;
     const float reference = all ? 0.0f : p.reference[query];
     const double tau = all ? -HUGE_VAL : static_cast<double>(tau_of(threshold, reference, p.to_log2));
@@ -32,7 +34,7 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
          block += workers) {
         const uint64_t seen = p.visible_of(group)[block];
         const uint64_t kept = p.kept[static_cast<int64_t>(group) * p.n_blocks + block];
-        const uint64_t bounded = all ? 0 : p.planes.indexed[p.slot_of(group, block)];
+        const uint64_t bounded = p.bounded[static_cast<int64_t>(group) * p.n_blocks + block];
         for (int half = 0; half < 2; ++half) {
             const int bit = half * 32 + lane;
             if ((seen >> bit & 1) == 0) {
@@ -70,12 +72,27 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
     }
 }
 
+// The certificates against the true masses.
+__global__ void judge(const __grid_constant__ Problem p) {
+    const int group = static_cast<int>(blockIdx.x);
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= p.n_query_of(group)) {
+        return;
+    }
+    double * truth = p.check_sums + 2 * static_cast<int64_t>(group * p.n_shared + i);
+    const double share = truth[1] / fmax(truth[0] + truth[1], 1e-300);
+    const float delta = p.certificates[static_cast<int64_t>(p.row_of_group(group)) * p.n_head + p.head_of(group, i)].delta;
+    atomicAdd(&p.totals->mass_violations, share > static_cast<double>(delta) ? 1ull : 0ull);
+    truth[0] = truth[1] = 0;
+}
+
 }  // namespace
 
 void launch_check(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(min((p.n_blocks + kWarps - 1) / kWarps, 64)),
                     static_cast<unsigned>(p.n_group * p.n_shared));
     with_type(p.keys.type, [&]<DType type>() { launch_kernel(compare<type>, {grid, kWarps * 32}, stream, p); });
+    launch_kernel(judge, {dim3(static_cast<unsigned>(p.n_group)), kMaxShared}, stream, p);
 }
 
 }  // namespace louver::cuda

@@ -1,16 +1,9 @@
-// The parts of a query together, its certificate and its counts; and the blocks that the scan found complete and not indexed,
-// which the next step scans.
+// The shares of a group together: output, certificates, counts.
 #pragma once
 
 #include "cuda/certify.cuh"
-#include "cuda/encode.cuh"
 
 namespace louver::cuda {
-
-inline constexpr int kEncoders = 16;  // thread blocks
-// Of the visible keys: above it a head is cheaper without a scan, which reads about a quarter of what dense attention reads.
-inline constexpr double kUniformShare = 0.6;
-inline constexpr uint8_t kStepsWithoutScan = 31;
 
 __device__ inline void raise(double * most, double value) {  // of non-negative doubles, whose bits rise with them
     atomicMax(reinterpret_cast<unsigned long long *>(most), static_cast<unsigned long long>(__double_as_longlong(value)));
@@ -20,290 +13,233 @@ __device__ __forceinline__ double power_of_two(int exponent) {
     return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
 }
 
-// The shares of a group.
-struct SharesOfGroup {
-    int group;  // -1: none
-    int first;
-    int n;
-    int survivors;
-};
+// Written by other thread blocks of the same kernel: not from L1.
+__device__ __forceinline__ ShareHead share_head(const Problem & p, int share, int i) {
+    const auto * from = reinterpret_cast<const float4 *>(p.of_share + static_cast<int64_t>(share) * p.n_shared + i);
+    const float4 first = __ldcg(from);
+    const float4 second = __ldcg(from + 1);
+    ShareHead head;
+    head.peak = first.x;
+    head.kept = first.y;
+    head.dropped = first.z;
+    head.compensation = first.w;
+    head.least = __hiloint2double(__float_as_int(second.y), __float_as_int(second.x));
+    head.threshold = __float_as_int(second.z);
+    head.unused = 0;
+    return head;
+}
 
-// What the kernels before and the shares left of a query, by a warp: everything is under way at once, and added up when it is
-// needed.
-struct Left {
-    static constexpr int kAtOnce = 2;  // parts to a lane
+// What the shares of a query found, all together.
+struct AllShares {
+    double kept;          // mass, in the unit 2^peak, as the next
+    double compensation;  // and what the outputs have with it
+    double added;         // the same, relative to the reference, as the rest
+    double dropped;       // upper bound
+    double least;         // lower bound on the whole mass
+    int threshold;        // the highest; kAttendAll where all of them attended to all
 
-    int threshold;
-    int n_visible;
-    bool gave_up;
-    uint8_t without_scan;
-    float reference;
-    float query_norm;
-    double least;
-    double dropped = 0;
-    double compensation = 0;
-    float key_norm = 0;
-    float value_norm = 0;
-    int scanned = 0;
-
-    __device__ __forceinline__ Left(const Problem & p, const SharesOfGroup & of, int i) {
-        const int group = of.group;
-        const int query = group * p.n_shared + i;
-        threshold = p.threshold[query];
-        n_visible = p.sight[p.row_of_group(group)].n_visible;
-        gave_up = p.attend_all[group] != 0;
-        without_scan = p.spares_uniform ? *p.uniform_of(group) : uint8_t{0};
-        reference = p.reference[query];
-        query_norm = p.query_norm[query];
-        least = p.least[query];
-        add(p, of, i, 0);
-    }
-
-    // Parts [first, first + 32 * kAtOnce). Where there is none, another is read and not taken.
-    __device__ __forceinline__ void add(const Problem & p, const SharesOfGroup & of, int i, int first) {
-        float parts[kAtOnce][4];
-        int counts[kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            const int at = first + 32 * k + static_cast<int>(threadIdx.x) % 32;
-            const int share = of.first + min(at, of.n - 1);
-            const int of_scan = of.group * p.n_scan + min(at, p.n_scan - 1);
-            parts[k][0] = __ldcg(p.dropped + share * p.n_shared + i);  // of this kernel: not from L1
-            parts[k][1] = __ldcg(p.compensation + share * p.n_shared + i);
-            parts[k][2] = __ldcg(p.value_norm + share);
-            parts[k][3] = p.key_norm[of_scan];
-            counts[k] = p.scanned[of_scan];
-        }
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            const int at = first + 32 * k + static_cast<int>(threadIdx.x) % 32;
-            const bool is_there = at < of.n;
-            dropped += is_there ? static_cast<double>(parts[k][0]) : 0.0;
-            compensation += is_there ? static_cast<double>(parts[k][1]) : 0.0;
-            value_norm = fmaxf(value_norm, is_there ? parts[k][2] : 0.0f);
-            key_norm = fmaxf(key_norm, at < p.n_scan ? parts[k][3] : 0.0f);
-            scanned += at < p.n_scan ? counts[k] : 0;
-        }
-    }
-
-    // The compensation comes first: the output waits for it.
-    __device__ __forceinline__ void end_compensation(const Problem & p, const SharesOfGroup & of, int i) {
-        for (int first = 32 * kAtOnce; first < max(of.n, p.n_scan); first += 32 * kAtOnce) {
-            add(p, of, i, first);
-        }
-        compensation = threshold == kAttendAll ? 0.0 : sum_of_warp(compensation);
-    }
-    __device__ __forceinline__ void end() {
-        dropped = sum_of_warp(dropped);
-        key_norm = largest_of_warp(key_norm);
-        value_norm = largest_of_warp(value_norm);
-        scanned = __reduce_add_sync(~0u, scanned);
-        if (threshold == kAttendAll) {  // nothing was scanned, or not to the end
-            dropped = 0;
-            key_norm = value_norm = 0;
-            scanned = 0;
-        }
-    }
-};
-
-// What the shares of a query kept, in the unit 2^peak.
-struct Kept {
-    double sum;
-    double unit;          // where it is out of range nothing is said of what was dropped, or it counts for less than it is
-    double compensation;  // in the same unit
-
-    __device__ __forceinline__ Kept(double kept, float peak, const Left & left) : sum(kept) {
-        const int exponent = peak == -infinity() ? 0 : static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f));
-        unit = power_of_two(exponent);
-        compensation = left.compensation * power_of_two(-exponent);
-    }
     // No visible cell: 0, as stock.
     __device__ __forceinline__ float inverse() const {
-        const double mass = sum + compensation;
+        const double mass = kept + compensation;
         return mass > 0 || isnan(mass) ? 1.0f / static_cast<float>(mass) : 0.0f;
     }
 };
 
+// By a warp, the same in all lanes; and by what the shares [first, first + n) of query i count: factors [n].
+__device__ __forceinline__ AllShares add_shares(const Problem & p, int first, int n, int i, float * factors) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const ShareHead own = share_head(p, first + min(lane, n - 1), i);
+    float peak = own.peak;
+#pragma unroll 1
+    for (int share = lane + 32; share < n; share += 32) {
+        peak = fmaxf(peak, share_head(p, first + share, i).peak);
+    }
+    peak = largest_of_warp(peak);
+    AllShares all{};
+    all.threshold = kAttendAll;
+#pragma unroll 1
+    for (int share = lane; share < n; share += 32) {
+        const ShareHead head = share == lane ? own : share_head(p, first + share, i);
+        // Without a peak a share is either nothing or NaN.
+        const float factor = head.peak != -infinity() ? exp2_fast(head.peak - peak) : 0.0f;
+        all.kept += static_cast<double>(head.peak != -infinity() ? head.kept * factor : head.kept);
+        all.added += static_cast<double>(head.compensation);
+        all.dropped += static_cast<double>(head.dropped);
+        all.least += head.least;
+        all.threshold = max(all.threshold, head.threshold);
+        factors[share] = factor;
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {  // side by side
+        all.kept += __shfl_xor_sync(~0u, all.kept, step);
+        all.added += __shfl_xor_sync(~0u, all.added, step);
+        all.dropped += __shfl_xor_sync(~0u, all.dropped, step);
+        all.least += __shfl_xor_sync(~0u, all.least, step);
+    }
+    all.threshold = __reduce_max_sync(~0u, all.threshold);
+    const int exponent = peak == -infinity() ? 0 : static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f));
+    all.compensation = all.added * power_of_two(-exponent);
+    return all;
+}
+
 // The certificate, but for the output's norm. By a warp, the same in all lanes.
 struct Certified {
-    HeadCertificate certificate;
+    float tau = 0;
+    float delta = 0;
     float bound = 0;  // of the output's error, relative to the values' and the output's norm
 
-    __device__ __forceinline__ Certified(const Problem & p, const Kept & kept, const Left & left, int n_attended) {
+    __device__ __forceinline__ void work_out(const Problem & p, const AllShares & shares, float reference) {
         const int lane = static_cast<int>(threadIdx.x) % 32;
-        const bool all = left.threshold == kAttendAll;
-        certificate.tau = all ? -infinity() : tau_of(left.threshold, left.reference, p.to_log2);
-        certificate.n_visible = left.n_visible;
-        certificate.n_scanned = left.scanned;
-        certificate.n_attended = n_attended;
-        if (all || !(left.dropped > 0)) {
+        tau = shares.threshold == kAttendAll ? -infinity() : tau_of(shares.threshold, reference, p.to_log2);
+        if (!(shares.dropped > 0)) {
             return;
         }
-        // The attended cells' exact weights came from float32 scores; the mass proper is at least this. And it is what the
-        // dropped cells leave of the oracle's bound.
-        const double error = score_error(left.query_norm, left.key_norm, p.keys.dim, p.to_log2);
-        const double scored = kept.sum * kept.unit * fmax(1.0 - 0.6931472 * error, 0.0);  // 2^-error is no less
-        const double rest = left.least * (1.0 - kWeightError) - left.dropped * (1.0 + kWeightError);
-        const double least = fmax(scored, rest);
-        const double upper = left.dropped * (1.0 + kWeightError);
-        const double added = left.compensation * (1.0 + kWeightError);
+        // The mass proper is at least what the dropped cells leave of the oracle's bound.
+        const double least = fmax(shares.least * (1.0 - kWeightError) - shares.dropped * (1.0 + kWeightError), 0.0);
+        const double upper = shares.dropped * (1.0 + kWeightError);
+        const double added = shares.added * (1.0 + kWeightError);
         // Three quotients, a lane to each: one after another they take a microsecond.
         const double above = lane == 0 ? upper : lane == 1 ? added + upper : added;
-        const double below = lane == 0   ? upper + fmax(least, 0.0) * (1.0 - kWeightError)
+        const double below = lane == 0   ? upper + least * (1.0 - kWeightError)
                              : lane == 1 ? least + upper
                                          : fmax(least, 1e-300);
         const double quotient = above / below * (1 + 0x1p-20);
         const double share = __shfl_sync(~0u, quotient, 0);
-        certificate.delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
+        delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
         bound = static_cast<float>(fmax(__shfl_sync(~0u, quotient, 1), __shfl_sync(~0u, quotient, 2))) * kNormInflation;
     }
 };
 
-// The rest of it and the counts, by a thread.
-__device__ __forceinline__ void write_certificate(const Problem & p, int group, int i, Certified & certified, const Left & left,
-                                                  float squared) {
-    HeadCertificate & certificate = certified.certificate;
-    const int query = group * p.n_shared + i;
-    const int row = p.row_of_group(group);
-    const bool all = left.threshold == kAttendAll;
-    if (certified.bound != 0) {  // NaN stays NaN
-        certificate.error_bound = (left.value_norm + sqrtf(squared)) * kNormInflation * certified.bound;
-    }
-    p.certificates[static_cast<int64_t>(row) * p.n_head + p.head_of(group, i)] = certificate;
+__device__ __forceinline__ HeadCertificate & certificate_of(const Problem & p, int group, int i) {
+    return p.certificates[static_cast<int64_t>(p.row_of_group(group)) * p.n_head + p.head_of(group, i)];
+}
 
+// Bounds of a query, by a thread; squared: the output's norm.
+__device__ __forceinline__ void write_certificate(const Problem & p, int group, int i, const Certified & certified,
+                                                  float value_norm, float squared) {
+    HeadCertificate & certificate = certificate_of(p, group, i);
+    float error_bound = 0;
+    if (certified.bound != 0) {  // NaN stays NaN
+        error_bound = (value_norm + sqrtf(squared)) * kNormInflation * certified.bound;
+    }
+    certificate.tau = certified.tau;
+    certificate.delta = certified.delta;
+    certificate.error_bound = error_bound;
+    raise(&p.totals->error_bound_max, static_cast<double>(error_bound));
+    atomicAdd(&p.totals->delta_sum, static_cast<double>(certified.delta));
+    raise(&p.totals->delta_max, static_cast<double>(certified.delta));
+}
+
+// Counts of a query, by a thread. Those of the group come with its first one.
+__device__ __forceinline__ void count_query(const Problem & p, int group, int i, int n_scanned, int n_attended, bool all,
+                                            int met) {
+    const int row = p.row_of_group(group);
+    const Sight & sight = p.sight[row];
+    HeadCertificate & certificate = certificate_of(p, group, i);
+    certificate.n_visible = sight.n_visible;
+    certificate.n_scanned = n_scanned;
+    certificate.n_attended = n_attended;
+    const auto n_visible = static_cast<unsigned long long>(sight.n_visible);
     Totals & totals = *p.totals;
     atomicAdd(&totals.queries, 1ull);
-    atomicAdd(&totals.visible, static_cast<unsigned long long>(certificate.n_visible));
-    atomicAdd(&totals.scanned, static_cast<unsigned long long>(left.scanned));
-    atomicAdd(&totals.attended, static_cast<unsigned long long>(certificate.n_attended));
-    atomicAdd(&totals.delta_sum, static_cast<double>(certificate.delta));
-    raise(&totals.delta_max, static_cast<double>(certificate.delta));
-    raise(&totals.error_bound_max, static_cast<double>(certificate.error_bound));
-    if (p.check) {
-        double * truth = p.check_sums + 2 * static_cast<int64_t>(query);
-        const double share = truth[1] / fmax(truth[0] + truth[1], 1e-300);
-        atomicAdd(&totals.mass_violations, share > static_cast<double>(certificate.delta) ? 1ull : 0ull);
-        truth[0] = truth[1] = 0;
-    }
+    atomicAdd(&totals.visible, n_visible);
+    atomicAdd(&totals.scanned, static_cast<unsigned long long>(n_scanned));
+    atomicAdd(&totals.attended, static_cast<unsigned long long>(n_attended));
     if (i > 0) {
         return;
     }
-    // Once for the heads that read together; what other queries of the group still need is not touched.
     if (group % p.n_group_of_row == 0) {
         atomicAdd(&totals.tokens[p.epsilon > 0 ? 1 : 0], 1ull);
     }
-    atomicAdd(&totals.group_visible, static_cast<unsigned long long>(certificate.n_visible));
-    atomicAdd(&totals.group_scanned, static_cast<unsigned long long>(left.scanned));
-    atomicAdd(&totals.group_attended, static_cast<unsigned long long>(certificate.n_attended));
+    atomicAdd(&totals.group_visible, n_visible);
+    atomicAdd(&totals.group_scanned, static_cast<unsigned long long>(n_scanned));
+    atomicAdd(&totals.group_attended, static_cast<unsigned long long>(n_attended));
     if (p.gave_up != nullptr) {
-        p.gave_up[group] = left.gave_up ? 1 : 0;
+        p.gave_up[group] = met;
     }
-    if (!(p.epsilon > 0)) {
+    if (!(p.epsilon > 0) || !all) {
         return;
     }
-    const unsigned long long n_query = static_cast<unsigned long long>(p.n_query_of(group));
-    if (left.gave_up) {
-        atomicAdd(p.sight[row].plain != 0 ? &totals.not_finite : &totals.not_plain, n_query);
-        p.attend_all[group] = 0;
-    } else if (all) {
-        atomicAdd(&totals.uniform, n_query);
-    }
-    if (p.spares_uniform && row % p.n_token == 0) {
-        const bool uniform = certificate.n_attended > kUniformShare * certificate.n_visible;
-        *p.uniform_of(group) = left.without_scan > 0 ? static_cast<uint8_t>(left.without_scan - 1)
-                               : uniform             ? kStepsWithoutScan
-                                                     : uint8_t{0};
-    }
+    unsigned long long & why = met == 0 ? totals.uniform : sight.plain != 0 ? totals.not_finite : totals.not_plain;
+    atomicAdd(&why, static_cast<unsigned long long>(p.n_query_of(group)));
 }
 
-struct CombineShared {
-    float inverse[kMaxShared];                       // of the mass
-    float squares[kMaxShared * kMaxKernelDim / 32];  // of 32 channels of the output each
+template <int n_most, int n_channels> struct CombineShared {
+    float inverse[n_most];                     // of the mass
+    float squares[n_most * n_channels / 32];   // of 32 channels of the output each
 };
 
-// Written by other thread blocks of the same kernel: not from L1.
-__device__ __forceinline__ PartialHead partial_head(const Problem & p, int share, int i) {
-    const float2 head = __ldcg(reinterpret_cast<const float2 *>(p.partial + static_cast<int64_t>(share) * p.n_shared + i));
-    return {head.x, head.y};
-}
-
-// By a whole thread block, once all shares of the group are there. Scratch: factors [n_most][p.n_attend].
+// By a whole thread block, once the shares [first, first + n) of the group are there. To each query a warp adds the shares up and
+// works the certificate out, another counts; the rest add the channels up, and where they are few, all do. references: [n_most].
+// Scratch: factors [n_most][n].
 template <int n_channels, int n_most, int n_warps>
-__device__ __forceinline__ void combine_group(const Problem & p, const SharesOfGroup & of, CombineShared & s, float * factors) {
-    constexpr int kThreads = 32 * n_warps;
-    constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;  // channels to a thread
-    constexpr int kAtOnce = kItems < 16 ? 32 / kItems : 2;                   // shares
+__device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n, int met,
+                                              const float * references, CombineShared<n_most, n_channels> & s,
+                                              float * factors) {
+    constexpr int kWorkers = n_warps - n_most > n_warps / 2 ? n_warps - n_most : n_warps / 2;
+    constexpr int kThreads = 32 * kWorkers;
+    constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;      // channels to a thread
+    constexpr int kAtOnce = kItems == 1 ? 32 : kItems <= 16 ? 48 / kItems : 2;  // shares
+    static_assert(n_most <= n_warps && n_channels % 32 == 0);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int dim = p.values.dim;
-    const int n_query = p.n_query_of(of.group);
-    // The first warps have a query each, and channels only if there are more than the other warps can take.
-    const auto number = [&](int item) { return kThreads - 1 - static_cast<int>(threadIdx.x) + item * kThreads; };
+    const int n_query = p.n_query_of(group);
+    const bool leads = warp < n_query;
+    const int counted = n_warps - 1 - warp;  // query
+    const bool works = warp >= n_warps - kWorkers;
+    const auto number = [&](int item) { return static_cast<int>(threadIdx.x) - 32 * (n_warps - kWorkers) + item * kThreads; };
     const auto query_of = [&](int item) { return number(item) / n_channels; };
     const auto channel_of = [&](int item) { return number(item) % n_channels; };
-    float x[kAtOnce][kItems];
-    // Where there is no query, share or channel, another is read and not taken: no load waits for a branch.
-    const auto load = [&](int first) {
+    const auto is_there = [&](int item) { return works && query_of(item) < n_query; };  // the same in a warp
+    const int stride = p.n_shared * dim;
+    AllShares all{};
+    float out[kItems] = {};
+#pragma unroll 1
+    for (int begin = 0; begin < n; begin += kAtOnce) {
+        float x[kAtOnce][kItems];
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            const int64_t share = (of.first + min(first + u, of.n - 1)) * p.n_shared;
+        for (int item = 0; item < kItems; ++item) {
+            if (is_there(item)) {
+                const float * from = p.part + static_cast<int64_t>(first + begin) * stride + query_of(item) * dim +
+                                     min(channel_of(item), dim - 1);
 #pragma unroll
-            for (int item = 0; item < kItems; ++item) {
-                x[u][item] = __ldcg(p.part + (share + min(query_of(item), n_query - 1)) * dim + min(channel_of(item), dim - 1));
+                for (int u = 0; u < kAtOnce; ++u) {
+                    if (begin + u < n) {
+                        x[u][item] = __ldcg(from + static_cast<int64_t>(u) * stride);
+                    }
+                }
             }
         }
-    };
-    const bool leads = warp < n_query;
-    const int query = min(warp, n_query - 1);
-    Left left(p, of, query);
-    PartialHead head = partial_head(p, of.first + min(lane, of.n - 1), query);
-    load(0);
-    float peak = head.peak;
-    for (int share = lane + 32; share < of.n; share += 32) {
-        peak = fmaxf(peak, partial_head(p, of.first + share, query).peak);
-    }
-    peak = largest_of_warp(peak);
-    double sum = 0;
-    for (int share = lane; share < of.n; share += 32) {
-        if (share > lane) {
-            head = partial_head(p, of.first + share, query);
-        }
-        // Without a peak a share is either nothing or NaN.
-        const float factor = head.peak != -infinity() ? exp2_fast(head.peak - peak) : 0.0f;
-        sum += static_cast<double>(head.peak != -infinity() ? head.kept * factor : head.kept);
-        if (leads) {
-            factors[query * p.n_attend + share] = factor;
-        }
-    }
-    left.end_compensation(p, of, query);
-    const Kept kept(sum_of_warp(sum), peak, left);
-    if (leads && lane == 0) {
-        s.inverse[query] = kept.inverse();
-    }
-    __syncthreads();
-    float out[kItems] = {};
-    for (int first = 0; first < of.n; first += kAtOnce) {
-        if (first > 0) {
-            load(first);
+        if (begin == 0) {  // while the first are on their way
+            if (leads) {
+                all = add_shares(p, first, n, warp, factors + warp * n);
+                if (lane == 0) {
+                    s.inverse[warp] = all.inverse();
+                }
+            }
+            __syncthreads();
         }
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
+        for (int item = 0; item < kItems; ++item) {
+            if (is_there(item)) {
 #pragma unroll
-            for (int item = 0; item < kItems; ++item) {
-                if (first + u < of.n) {
-                    out[item] = fmaf(x[u][item], factors[min(query_of(item), n_query - 1) * p.n_attend + first + u], out[item]);
+                for (int u = 0; u < kAtOnce; ++u) {
+                    if (begin + u < n) {
+                        out[item] = fmaf(x[u][item], factors[query_of(item) * n + begin + u], out[item]);
+                    }
                 }
             }
         }
     }
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-        const int i = query_of(item);
-        const int c = channel_of(item);
-        if (i < n_query) {
+        if (is_there(item)) {
+            const int i = query_of(item);
+            const int c = channel_of(item);
             const float value = c < dim ? out[item] * s.inverse[i] : 0.0f;
             if (c < dim) {
-                p.output_of(of.group, i)[c] = value;
+                p.output_of(group, i)[c] = value;
             }
             const float squared = sum_of_warp(value * value);
             if (lane == 0) {
@@ -311,38 +247,39 @@ __device__ __forceinline__ void combine_group(const Problem & p, const SharesOfG
             }
         }
     }
-    left.end();
-    Certified certified(p, kept, left, of.survivors);
+    Certified certified;
+    float value_norm = 0;
+    if (leads) {
+        certified.work_out(p, all, references[warp]);
+        for (int share = lane; share < n; share += 32) {
+            value_norm = fmaxf(value_norm, __ldcg(&p.counts[first + share].value_norm));
+        }
+        value_norm = largest_of_warp(value_norm);
+    }
+    if (counted < n_query) {
+        int scanned = 0;
+        int attended = 0;
+        bool pruned = false;
+        for (int share = lane; share < n; share += 32) {
+            scanned += __ldcg(&p.counts[first + share].scanned);
+            attended += __ldcg(&p.counts[first + share].attended);
+            pruned = pruned || share_head(p, first + share, counted).threshold != kAttendAll;
+        }
+        scanned = __reduce_add_sync(~0u, scanned);
+        attended = __reduce_add_sync(~0u, attended);
+        pruned = __any_sync(~0u, pruned);
+        if (lane == 0) {
+            count_query(p, group, counted, scanned, attended, !pruned, met);
+        }
+    }
     __syncthreads();
     if (leads && lane == 0) {
         float squared = 0;
 #pragma unroll
         for (int k = 0; k < n_channels / 32; ++k) {
-            squared += s.squares[query * (n_channels / 32) + k];
+            squared += s.squares[warp * (n_channels / 32) + k];
         }
-        write_certificate(p, of.group, query, certified, left, squared);
-    }
-}
-
-template <DType type> __device__ __noinline__ void encode_pending(const Problem & p, int worker, EncodeShared & shared) {
-    const int n = p.n_pending[0];
-    for (int entry = worker; entry < n; entry += kEncoders) {
-        const int slot = p.pending[entry];
-        const int block = slot % p.planes.n_blocks;
-        const int head = slot / p.planes.n_blocks % p.n_head_kv.value;
-        const int stream = slot / p.planes.n_blocks / p.n_head_kv.value;
-        const uint64_t * visible = p.visible + static_cast<int64_t>(stream - p.first_stream) * p.n_token * p.visible_stride;
-        const uint64_t wanted = complete_cells(visible, p.visible_stride, p.n_token, block, p.n_blocks);
-        encode_block<type>(p.planes, p.keys, p.values, static_cast<int64_t>(stream) * p.kv_size, head, slot, block, wanted,
-                           shared, p.totals);
-        if (threadIdx.x == 0) {
-            p.queued[slot] = 0;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(&p.n_pending[1], 1) == kEncoders - 1) {
-        p.n_pending[0] = 0;
-        p.n_pending[1] = 0;
+        write_certificate(p, group, warp, certified, value_norm, squared);
     }
 }
 

@@ -94,11 +94,7 @@ DeviceIndex::DeviceIndex(int device, const StridedKeys & keys, std::shared_ptr<c
     const OnDevice on(device);
     check(cudaDeviceGetAttribute(&n_processors_, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     most_shared_ = most_shared_of(device);
-    Plane no_values;
-    no_values.type = keys.type;
-    cache_ = std::make_unique<CacheIndex>(device, plane_of(keys), no_values, 1, keys.n_head_kv, keys.n, 1);
-    cache_->build(0, keys.n, kStream);
-
+    build(0);
     const Planes & planes = cache_->planes();
     const size_t blocks = static_cast<size_t>(n_blocks());
     const size_t slots = static_cast<size_t>(keys.n_head_kv) * blocks;
@@ -118,6 +114,13 @@ DeviceIndex::DeviceIndex(int device, const StridedKeys & keys, std::shared_ptr<c
 }
 
 DeviceIndex::~DeviceIndex() = default;
+
+void DeviceIndex::build(int widest) {
+    Plane no_values;
+    no_values.type = keys_.type;
+    cache_ = std::make_unique<CacheIndex>(device_, plane_of(keys_), no_values, 1, keys_.n_head_kv, keys_.n, 1, widest);
+    cache_->build(0, keys_.n, kStream);
+}
 
 size_t DeviceIndex::other_bytes() const {
     const std::lock_guard lock(mutex_);
@@ -184,30 +187,22 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const size_t n_head = static_cast<size_t>(p.n_head);
     const size_t blocks = static_cast<size_t>(p.n_blocks);
     const size_t slots = static_cast<size_t>(p.n_head_kv) * blocks;
-    const size_t n_scan = static_cast<size_t>(p.n_scan);
-    const size_t n_select = static_cast<size_t>(p.n_select);
-    const size_t shares = static_cast<size_t>(p.n_attend);
+    const size_t shares = g * static_cast<size_t>(p.n_share);
     const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(values.dim);
     const bool attends = values.dim > 0;
     size_t zeros = 0;
     const auto lay = [&](std::byte * base) {
         Parts parts(base);
-        p.histogram = parts.take<uint32_t>(q * kBins);
-        p.lower = parts.take<Mass>(q);
         p.attend_all = parts.take<int32_t>(g);
         p.arrived = parts.take<int32_t>(g);
-        p.n_pending = parts.take<int32_t>(2);
-        p.queued = parts.take<int32_t>(slots);
+        p.combined = parts.take<int32_t>(g);
+        p.n_pending = parts.take<int32_t>(g);
         zeros = parts.bytes();
         op.sight = parts.take<Sight>(1);
         op.visible = parts.take<uint64_t>(blocks + 1);
         op.query = parts.take<float>(n_head * static_cast<size_t>(keys_.dim));
-        p.pending = parts.take<int32_t>(slots);
-        p.query_norm = parts.take<float>(q);
         p.reference = parts.take<float>(q);
-        p.key_norm = parts.take<float>(g * n_scan);
-        p.scanned = parts.take<int32_t>(g * n_scan);
         p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);
         p.slack = parts.take<float>(q * blocks);
         if (!attends) {
@@ -219,15 +214,10 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
             op.search.n_scored = parts.take<unsigned long long>(2);
             return parts.bytes();
         }
-        p.threshold = parts.take<int32_t>(q);
-        p.least = parts.take<double>(q);
         p.kept = parts.take<uint64_t>(g * blocks);
         p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
-        p.n_survivors = parts.take<int32_t>(g * n_select);
-        p.dropped = parts.take<float>(shares * n_shared);
-        p.compensation = parts.take<float>(shares * n_shared);
-        p.value_norm = parts.take<float>(shares);
-        p.partial = parts.take<PartialHead>(shares * n_shared);
+        p.counts = parts.take<ShareCounts>(shares);
+        p.of_share = parts.take<ShareHead>(shares * n_shared);
         p.part = parts.take<float>(shares * n_shared * value_dim);
         p.without_scan = parts.take<uint8_t>(g);
         p.certificates = parts.take<HeadCertificate>(n_head);
@@ -395,6 +385,9 @@ DeviceAttention DeviceIndex::attend(std::span<const float> queries, const Stride
 
     const std::lock_guard lock(mutex_);
     const OnDevice on(device_);
+    if (tiles_for(values.dim) > cache_->planes().n_tiles) {
+        build(values.dim);
+    }
     result.output = Memory(static_cast<size_t>(n_query) * row);
     const int most = most_gqa();
     for (int64_t first = 0; first < n_gqa; first += most) {
@@ -411,10 +404,6 @@ DeviceAttention DeviceIndex::attend(std::span<const float> queries, const Stride
         settings.sinks = settings.recent = 0;
         launch_sight(Mask{}, 1, 1, p.n_kv, settings, p.visible_stride, op.visible, op.sight, kStream);
         launch_summarize(p, cache_->planes().bounds, kStream);
-        // With epsilon 0 too: it is the scan that meets what is not finite.
-        launch_scan(p, kStream);
-        clear(p.n_pending, 2);  // the index does not change
-        launch_select(p, kStream);
         p.gave_up = op.dense;
         launch_attend(p, kStream);
         const size_t width = static_cast<size_t>(n) * row;

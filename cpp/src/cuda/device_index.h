@@ -66,6 +66,8 @@ class DeviceIndex {
     // The queries [first, first + n_gqa) of every KV head, [n_head_kv][n_gqa][dim].
     std::vector<float> batch_of(std::span<const float> queries, int64_t first, int n_gqa) const;
     int most_gqa() const;
+    // The planes, with kernels for values of the widest dimension.
+    void build(int widest);
     int n_blocks() const { return n_blocks_for(keys_.n); }
 
     const int device_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/certify.cuh"
+#include "cuda/scan.cuh"
 
 namespace louver::cuda {
 
@@ -33,17 +34,18 @@ __device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
 // n_most: queries to a group; n_channels: of a value, at most.
 template <int n_most, int n_channels> class Drop {
   public:
-    __device__ __forceinline__ Drop(const Problem & p, int group) : p_(p), group_(group), first_slot_(p.slot_of(group, 0)) {}
+    __device__ __forceinline__ Drop(const Problem & p, int group, const OwnBlocks & own)
+        : p_(p), group_(group), own_(own), first_slot_(p.slot_of(group, 0)) {}
 
-    // Blocks [begin, end), by warp `worker` of kDropWarps; sums [n_most][n_channels], where other warps may have what they work
+    // The first `end` of the blocks, by warp `worker` of kDropWarps; sums [n_most][n_channels], where other warps may have what they work
     // on: the thread block meets before they are written.
-    __device__ __forceinline__ void run(int begin, int end, int worker, DropShared & s, float * sums) const {
+    __device__ __forceinline__ void run(int end, int worker, DropShared & s, float * sums) const {
         float added[n_most][kPairs][2] = {};  // channels j * 64 + 2 * lane and the next
         float dropped[n_most] = {};           // of the lane's block, as the next
         float compensation[n_most] = {};
         float value_norm = 0;
         const int lane = static_cast<int>(threadIdx.x) % 32;
-        int first = begin + worker * kAtOnce;
+        int first = worker * kAtOnce;
         Cells cells;
         if (first < end) {
             load(cells, first, end);
@@ -140,7 +142,7 @@ template <int n_most, int n_channels> class Drop {
         const int lane = static_cast<int>(threadIdx.x) % 32;
         const int n_query = p_.n_query_of(group_);
         const bool is_there = first + lane / 8 < end;
-        const int block = is_there ? first + lane / 8 : end - 1;
+        const int block = own_.at(min(first + lane / 8, end - 1));
         cells.seen = is_there ? p_.visible_of(group_)[block] : 0;
         cells.kept = p_.kept[static_cast<int64_t>(group_) * p_.n_blocks + block];
         cells.longest = p_.planes.bounds[first_slot_ + block].value_norm;
@@ -157,7 +159,7 @@ template <int n_most, int n_channels> class Drop {
                 const int c = min(j * 64 + lane * 2, p_.planes.value_dim - 2);
                 cells.means[b][j] =
                     p_.compensate
-                        ? __ldg(reinterpret_cast<const uint32_t *>(p_.planes.means_of(first_slot_ + min(first + b, end - 1)) + c))
+                        ? __ldg(reinterpret_cast<const uint32_t *>(p_.planes.means_of(first_slot_ + own_.at(min(first + b, end - 1))) + c))
                         : 0u;
             }
         }
@@ -165,6 +167,7 @@ template <int n_most, int n_channels> class Drop {
 
     const Problem & p_;
     int group_;
+    const OwnBlocks & own_;
     int64_t first_slot_;
 };
 

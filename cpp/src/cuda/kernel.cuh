@@ -21,7 +21,6 @@ struct Launch {
     dim3 grid;
     unsigned threads;
     size_t shared_bytes = 0;
-    bool overlaps = false;  // the kernel calls wait_for_previous()
 };
 
 template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...), const Launch & launch, cudaStream_t stream,
@@ -36,32 +35,12 @@ template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...),
             cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_of(device))),
             "cudaFuncSetAttribute");
     }
-    bool overlaps = launch.overlaps;
-    if (overlaps) {  // only code for such a device waits: not what was compiled for an older one
-        cudaFuncAttributes attributes{};
-        check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
-        overlaps = attributes.ptxVersion >= 90;
-    }
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = launch.grid;
     config.blockDim = dim3(launch.threads);
     config.dynamicSmemBytes = launch.shared_bytes;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = overlaps ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
-}
-
-// Kernels of one op start while the one before still runs, where the device can (programmatic dependent launch, compute
-// capability 9.0), and wait for it here: then its results are there, and those of all before it.
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    cudaTriggerProgrammaticLaunchCompletion();
-    cudaGridDependencySynchronize();
-#endif
 }
 
 }  // namespace louver::cuda

@@ -8,37 +8,21 @@
 
 namespace louver::cuda {
 
-// Calls f.template operator()<n>() with room for n_shared queries to a group.
-template <class F> void with_queries(int n_shared, F && f) {
-    switch (n_shared) {
-        case 1: return f.template operator()<1>();
-        case 2: return f.template operator()<2>();
-        case 3: return f.template operator()<3>();
-        case 4: return f.template operator()<4>();
-        default: return f.template operator()<kMaxShared>();
-    }
-}
-
 // Mask to bits, and each query token's Sight. Rows are [n_stream][n_token], `stride` words apart.
 void launch_sight(const Mask & mask, int n_token, int n_stream, int n_kv, const DecodeSettings & settings, int64_t stride,
                   uint64_t * visible, Sight * sight, cudaStream_t stream);
 
-// Upper bounds of all scores, sorted into bins; a lower bound of the mass; which blocks are to be encoded.
-void launch_scan(const Problem & p, cudaStream_t stream);
-
-// Each query's threshold; each group's survivors; what is dropped, and its compensation.
-void launch_select(const Problem & p, cudaStream_t stream);
-
-// Exact attention over the survivors, in even parts, and these together; certificates; counts; the blocks that are to be encoded.
+// The whole step: upper bounds of all scores, thresholds, survivors, exact attention over them, what is added for the rest,
+// certificates, counts; blocks that have become complete are encoded.
 void launch_attend(const Problem & p, cudaStream_t stream);
 
-// Whether all of these have the shared memory that they want, and their counts the bits.
-bool fits(const Problem & p);
-size_t scan_bytes(const Problem & p);
-size_t select_bytes(const Problem & p);
-size_t attend_bytes(const Problem & p);
+// The bounds alone, sorted into bins; which blocks are to be encoded is noted.
+void launch_scan(const Problem & p, cudaStream_t stream);
 
-// Everything against brute force in float64, before launch_attend (DecodeSettings::check).
+// Whether a step has the shared memory that it wants, and its counts the bits.
+bool fits(const Problem & p);
+
+// Everything against brute force in float64, after launch_attend (DecodeSettings::check).
 void launch_check(const Problem & p, cudaStream_t stream);
 
 // Encodes every block of the problem's streams that is complete and has visible cells which are not indexed.

@@ -22,10 +22,6 @@ inline constexpr int kReferenceBin = 208;
 // A lower bound on the mass, added up in whole units so that the sum does not depend on the order: of what a lane finds in a
 // block what is below kSmallMass, and the rest, of which no more than kLargeMass counts. 2^kMostBlockBits blocks fit into 64
 // bits.
-struct Mass {
-    unsigned long long small;
-    unsigned long long large;
-};
 inline constexpr float kSmallUnit = 0x1p-28f;
 inline constexpr float kSmallMass = 0x1p11f;
 inline constexpr float kLargeUnit = 0x1p-4f;
@@ -34,12 +30,12 @@ inline constexpr int kMostBlockBits = 20;
 
 inline constexpr int kAttendAll = -1;
 
-inline constexpr int kProbesFirst = 4;
-inline constexpr int kProbesLast = 12;
-inline constexpr int kProbes = kProbesFirst + kProbesLast;
+// Of thread blocks that a processor takes one after another, where there are fewer groups than processors.
+inline constexpr int kMostRounds = 4;
 
-// Blocks that a thread block of select has at most: its shared memory holds something of each.
-inline constexpr int kMostShare = 1024;
+inline constexpr int kProbesFirst = 4;
+inline constexpr int kProbesLast = 28;
+inline constexpr int kProbes = kProbesFirst + kProbesLast;
 
 // Caches whose rows are attended to on the tensor cores.
 constexpr bool on_tensor_cores(DType type) { return type == DType::f16 || type == DType::bf16; }
@@ -50,7 +46,10 @@ struct Sight {
     int32_t sinks_end = 0;     // visible cells before this one are sinks,
     int32_t recent_begin = 0;  // and from this one on recent: both are always attended
     int32_t plain = 1;         // 0: the mask holds something other than 0 and -infinity, which is added to the scores
+    // Cells whose exact scores every thread block works out: the visible ones before probes_end and from probes_begin on.
     int32_t n_probes = 0;
+    int32_t probes_end = 0;
+    int32_t probes_begin = 0;
     int32_t probes[kProbes] = {};
 };
 
@@ -85,10 +84,27 @@ struct Totals {
     unsigned long long mass_violations;
 };
 
-// What a thread block found of a group's query: unnormalised output and mass relative to 2^peak.
+// What a warp found of a group's query: unnormalised output and mass relative to 2^peak.
 struct PartialHead {
     float peak;
     float kept;
+};
+
+// What a thread block found of a query, in log2 units relative to the query's reference.
+struct alignas(16) ShareHead {
+    float peak;
+    float kept;          // mass, in the unit 2^peak; the rest relative to the reference
+    float dropped;       // upper bound on what was dropped,
+    float compensation;  // weight added back for it,
+    double least;        // a lower bound on the mass of the share
+    int32_t threshold;   // the first bin that is kept; kAttendAll where nothing was scanned
+    int32_t unused;
+};
+
+struct ShareCounts {
+    int32_t scanned;
+    int32_t attended;
+    float value_norm;  // of any dropped value
 };
 
 // What kernels divide group numbers by: a division in full is a third of what a short kernel has to fetch of code. Exact for
@@ -142,7 +158,6 @@ struct Problem {
     bool compensate;
     bool check;
     size_t most_shared;   // bytes of shared memory that a thread block may have
-    bool overlaps;        // the device can launch dependent kernels early
     bool reads_once;      // the scan's codes are not to stay in L2
     bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
 
@@ -156,41 +171,28 @@ struct Problem {
     const uint64_t * visible;
     int64_t visible_stride;
 
-    // Scratch. Grids: n_scan thread blocks to a group scan (the last of several has what is not indexed), n_select select;
-    // n_attend attend all groups together, n_group of them with a share that may be short.
-    int n_scan;
-    int n_select;
-    int select_length;
-    int n_select_longer;
-    int n_attend;
-    int least_shares;       // of a group, so that what it drops is shared too
-    float * query_norm;     // [n_group][n_shared], rounded up
+    // Scratch. A share is what a thread block has of a group: every n_share-th block of cells. They are numbered group * n_share
+    // + share.
+    int n_share;
     float * reference;      // [n_group][n_shared] log2 units
-    uint32_t * histogram;   // [n_group][n_shared][kBins] cells; zero before and after a step
-    Mass * lower;           // [n_group][n_shared] zero before and after a step
-    float * key_norm;       // [n_group][n_scan] of the visible keys that are indexed, or finite; rounded up
-    int32_t * scanned;      // [n_group][n_scan]
     uint8_t * bins;         // [n_group][n_shared][n_blocks][64]
     float * slack;          // [n_group][n_shared][n_blocks]
-    int32_t * attend_all;   // [n_group] not 0: a number that is not finite was met. Zero before and after a step
-    int32_t * threshold;    // [n_group][n_shared] the first bin that is kept; kAttendAll where nothing was scanned
+    int32_t * attend_all;   // [n_group] not 0: the caller wants all of it attended; of a scan alone: it met what is not finite
     uint64_t * kept;        // [n_group][n_blocks]
-    int32_t * survivors;    // [n_group][n_blocks * 64]: each of n_select parts has the place of its cells
-    int32_t * n_survivors;  // [n_group][n_select]
+    int32_t * survivors;    // [n_group][n_blocks * 64]: the n-th of a group's blocks, share by share, has the n-th 64 places
+    int32_t * gave_up;      // [n_group] not 0: all was attended, as the caller wanted or for what is not finite. Or null
     int32_t * arrived;      // [n_group] shares that are done. Zero before and after a step
-    int32_t * gave_up;      // [n_group] as attend_all was, for the caller. Or null
-    float * dropped;        // [n_attend][n_shared] upper bound on what was dropped, relative to the reference
-    float * compensation;   // [n_attend][n_shared] weight added back
-    float * value_norm;     // [n_attend] of any dropped value
-    PartialHead * partial;  // [n_attend][n_shared]
-    float * part;           // [n_attend][n_shared][value_dim]
-    double * least;         // [n_group][n_shared] the oracle's lower bound on the mass
+    int32_t * combined;     // [n_stream * n_head_kv] groups that are done. Zero before and after a step
+    ShareCounts * counts;   // [share]
+    ShareHead * of_share;   // [share][n_shared]
+    float * part;           // [share][n_shared][value_dim] unnormalised output relative to 2^peak
+    uint64_t * bounded;     // [n_group][n_blocks] cells that were bounded through the index; with `check` only
     double * check_sums;    // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
 
     // Blocks to encode: complete, with visible cells that are not indexed. Found by the scan, built at the end of the step.
-    int32_t * n_pending;  // [2] their number, and how many thread blocks are through with them; zero before and after a step
-    int32_t * pending;    // [slots of the planes]
-    int32_t * queued;     // per cache, [slots of the planes] not 0: it is in the list
+    int32_t * n_pending;  // [n_stream * n_head_kv]; zero before and after a step
+    int32_t * pending;    // [slots of the planes] those of a stream's head where its slots begin
+    int32_t * queued;     // per cache, [slots of the planes] not 0: it is in the list. Null: the index does not change
 
     // Per cache.
     uint8_t * without_scan;          // [n_stream][n_head_kv][n_part] steps without a scan that are left to a uniform head
@@ -223,21 +225,23 @@ struct Problem {
     LOUVER_BOTH uint8_t * uniform_of(int group) const {
         return without_scan + (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
     }
-    // First block of a select thread block's share: the first few are one longer.
-    LOUVER_BOTH int select_begin(int split) const {
-        return split * select_length + (split < n_select_longer ? split : n_select_longer);
-    }
+    // Of a KV head of a stream, among those of the op.
+    LOUVER_BOTH int pair_of(int group) const { return row_of_group(group) / n_token * n_head_kv.value + kv_head_of(group); }
+    LOUVER_BOTH int groups_of_pair() const { return n_token.value * n_part.value; }
 
-    // Grids that fill a device of so many processors once, if there is as much to do.
+    // A grid that fills a device of so many processors evenly, a thread block to each, if there is as much to do: the fewest
+    // rounds for the work of one.
     void share_out(int n_processors) {
-        const int share = 2 * n_processors / n_group;
-        const int most = (n_blocks + 7) / 8;  // a block to each of 8 warps
-        n_scan = std::clamp(share, 1, most + 1);
-        n_select = std::max(std::clamp(share, 1, std::max(most, 1)), (n_blocks + kMostShare - 1) / kMostShare);
-        select_length = n_blocks / n_select;
-        n_select_longer = n_blocks % n_select;
-        n_attend = std::max(n_processors, 2 * n_group);
-        least_shares = std::clamp(n_attend / (2 * n_group), 1, std::max(n_blocks / 16, 1));
+        const int most = std::clamp((n_blocks + 7) / 8, 1, std::max(kMostRounds * n_processors / n_group, 1));
+        double least = 0;
+        for (int n = 1; n <= most; ++n) {
+            const int rounds = (n_group * n + n_processors - 1) / n_processors;
+            const double cost = rounds * (1.0 / n + 0.02);  // every round begins and ends
+            if (n == 1 || cost < least) {
+                least = cost;
+                n_share = n;
+            }
+        }
     }
 };
 

@@ -111,12 +111,16 @@ class Arrival {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
-    // Long streams are slower with a policy, whichever it is: so there is a form without.
-    template <bool reads_once> __device__ __forceinline__ void copy(void * to, const void * from, int bytes) {
+    // The memory is no barrier any more.
+    __device__ __forceinline__ void end() {
+        asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
+    }
+    // reads_once: it is not to stay in L2. Long streams are slower with a policy, whichever it is: so there is a form without.
+    __device__ __forceinline__ void copy(void * to, const void * from, int bytes, bool reads_once) {
         const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
 #if LOUVER_BULK_COPIES
         if (threadIdx.x % 32 == 0) {
-            if constexpr (reads_once) {
+            if (reads_once) {
                 asm volatile(
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
                     "%4;" ::"r"(shared),
@@ -130,6 +134,7 @@ class Arrival {
             }
         }
 #else
+        (void)reads_once;
         for (int at = static_cast<int>(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + static_cast<uint32_t>(at)),
                          "l"(static_cast<const std::byte *>(from) + at)

@@ -221,7 +221,7 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32)
     BlockBounds bounds = of_keys[slot];
     bounds.value_norm = fmaxf(longest, rounded_up(sqrt(squares)));
     p.planes.bounds[slot] = bounds;
-    if (!all_finite) {
+    if (!all_finite || p.planes.not_finite[slot] != 0) {
         for (int part = 0; part < p.n_part; ++part) {
             p.attend_all[head * p.n_part + part] = 1;
         }

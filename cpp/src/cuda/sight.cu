@@ -122,7 +122,7 @@ __global__ void see(const uint64_t * all_visible, int64_t stride, int n_blocks, 
             sight.n_visible = n_visible;
         }
     } else if (threadIdx.x < 64) {
-        const int most = min(kProbesLast, n_visible);
+        const int most = min(kProbesLast, n_visible - min(kProbesFirst, n_visible));  // no cell twice
         const int begin = recent > 0 ? from_back(visible, n_blocks, recent, back, most) : n_blocks * kBlockCells;
         if (recent < most) {
             from_back(visible, n_blocks, most, back, most);
@@ -133,7 +133,7 @@ __global__ void see(const uint64_t * all_visible, int64_t stride, int n_blocks, 
     }
     __syncthreads();
     const int n_first = min(kProbesFirst, n_visible);
-    const int n_last = min(kProbesLast, n_visible);
+    const int n_last = min(kProbesLast, n_visible - n_first);
     if (static_cast<int>(threadIdx.x) < n_first) {
         sight.probes[threadIdx.x] = front[threadIdx.x];
     } else if (static_cast<int>(threadIdx.x) < n_first + n_last) {
@@ -141,6 +141,8 @@ __global__ void see(const uint64_t * all_visible, int64_t stride, int n_blocks, 
     }
     if (threadIdx.x == 0) {
         sight.n_probes = n_first + n_last;
+        sight.probes_end = n_first > 0 ? front[n_first - 1] + 1 : 0;
+        sight.probes_begin = n_last > 0 ? back[n_last - 1] : n_blocks * kBlockCells;
     }
 }
 

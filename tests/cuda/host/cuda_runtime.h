@@ -66,6 +66,10 @@ inline uint32_t __float_as_uint(float x) { return as_bits_of<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return as_bits_of<float>(x); }
 inline float __int_as_float(int x) { return as_bits_of<float>(x); }
 inline double __longlong_as_double(long long x) { return as_bits_of<double>(x); }
+inline int __float_as_int(float x) { return as_bits_of<int>(x); }
+inline double __hiloint2double(int high, int low) {
+    return __longlong_as_double(static_cast<long long>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low)));
+}
 inline long long __double_as_longlong(double x) { return as_bits_of<long long>(x); }
 
 template <class T> T __ldg(const T * from) { return *from; }
@@ -145,6 +149,9 @@ template <class T, class F> T reduce_warp(T value, F && f) {
 }
 template <class T> T __reduce_add_sync(unsigned, T value) {
     return reduce_warp(value, [](T a, T b) { return static_cast<T>(a + b); });
+}
+template <class T> T __reduce_max_sync(unsigned, T value) {
+    return reduce_warp(value, [](T a, T b) { return std::max(a, b); });
 }
 template <class T> T __reduce_min_sync(unsigned, T value) {
     return reduce_warp(value, [](T a, T b) { return std::min(a, b); });

@@ -14,7 +14,6 @@ struct Launch {
     dim3 grid;
     unsigned threads;
     size_t shared_bytes = 0;
-    bool overlaps = false;
 };
 
 template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...), const Launch & launch, cudaStream_t,
@@ -24,7 +23,5 @@ template <class... Parameters> void launch_kernel(void (*kernel)(Parameters...),
                   [&] { kernel(arguments...); });
     });
 }
-
-inline void wait_for_previous() {}
 
 }  // namespace louver::cuda

@@ -111,7 +111,8 @@ inline void prefetch(const void *) {}
 class Arrival {
   public:
     void init() { phase_ = asked_ = 0; }
-    template <bool reads_once> void copy(void * to, const void * from, int bytes) { ask(to, from, bytes); }
+    void end() {}
+    void copy(void * to, const void * from, int bytes, bool) { ask(to, from, bytes); }
     void commit(int bytes);
     void wait(uint32_t phase);
 
