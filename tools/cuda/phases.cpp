@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <memory>
 
 #include "cuda/attention.h"
@@ -29,27 +30,21 @@ class Event {
     cudaEvent_t event_ = nullptr;
 };
 
-struct Marks {
-    std::vector<std::string> names;
-    std::vector<std::unique_ptr<Event>> events;
-};
-
 cuda::Plane plane_of(const ggml_tensor & view) {
     const DType type = view.type == GGML_TYPE_F16 ? DType::f16 : view.type == GGML_TYPE_BF16 ? DType::bf16 : DType::q8_0;
     return {static_cast<const std::byte *>(view.data), static_cast<int64_t>(view.nb[1]), static_cast<int64_t>(view.nb[2]),
             static_cast<int>(view.ne[0]), type};
 }
 
-// Of a layer.
-double graph_microseconds(cuda::Workspace & space, const std::vector<std::unique_ptr<cuda::CacheIndex>> & indexes,
-                          const std::vector<cuda::AttentionOp> & calls) {
+// Of a layer, which `launch` puts on a stream.
+double graph_microseconds(size_t n_layer, const std::function<void(size_t layer, cudaStream_t stream)> & launch) {
     cudaStream_t stream = nullptr;
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     cuda::check(cudaStreamCreate(&stream), "cudaStreamCreate");
     cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-    for (size_t layer = 0; layer < calls.size(); ++layer) {
-        space.attend(*indexes[layer], calls[layer], stream);
+    for (size_t layer = 0; layer < n_layer; ++layer) {
+        launch(layer, stream);
     }
     cuda::check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
     cuda::check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
@@ -61,7 +56,7 @@ double graph_microseconds(cuda::Workspace & space, const std::vector<std::unique
         begin.record(stream);
         cuda::check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
         end.record(stream);
-        const double microseconds = end.microseconds_since(begin) / static_cast<double>(calls.size());
+        const double microseconds = end.microseconds_since(begin) / static_cast<double>(n_layer);
         if (round >= 2) {
             times.push_back(microseconds);
         }
@@ -98,7 +93,7 @@ double copy_bandwidth() {
     return 2.0 * static_cast<double>(kBytes) / (median(times) * 1e-6);
 }
 
-Phases phases_of(const std::vector<CapturedOp> & ops, int64_t n_kv, const DecodeSettings & settings, int n_rounds) {
+Phases phases_of(const std::vector<CapturedOp> & ops, int64_t n_kv, const DecodeSettings & settings) {
     Phases found;
     std::vector<std::unique_ptr<cuda::CacheIndex>> indexes;
     std::vector<cuda::AttentionOp> calls;
@@ -129,51 +124,28 @@ Phases phases_of(const std::vector<CapturedOp> & ops, int64_t n_kv, const Decode
         end.record();
         found.build_microseconds += end.microseconds_since(begin) / static_cast<double>(ops.size());
     }
-    std::map<std::string, std::vector<double>> times;
-    for (int round = 0; round < n_rounds; ++round) {
-        for (size_t layer = 0; layer < ops.size(); ++layer) {
-            if (layer == 0) {
-                space.see(*indexes[layer], calls[layer], nullptr);
-            }
-            Marks marks;
-            space.set_probe(
-                [](void * context, const char * phase) {
-                    auto & all = *static_cast<Marks *>(context);
-                    all.names.emplace_back(phase == nullptr ? "" : phase);
-                    all.events.push_back(std::make_unique<Event>());
-                    all.events.back()->record();
-                },
-                &marks);
-            space.attend(*indexes[layer], calls[layer], nullptr);
-            cuda::check(cudaDeviceSynchronize(), "attend");
-            if (round > 0) {
-                for (size_t i = 0; i + 1 < marks.names.size(); ++i) {
-                    times[marks.names[i]].push_back(marks.events[i + 1]->microseconds_since(*marks.events[i]));
-                }
-                times["all"].push_back(marks.events.back()->microseconds_since(*marks.events.front()));
-            }
-        }
-    }
-    for (const auto & [name, values] : times) {
-        found.microseconds[name] = median(values);
-    }
+    space.see(*indexes[0], calls[0], nullptr);
+    cuda::check(cudaDeviceSynchronize(), "see");
+    found.scan_microseconds = graph_microseconds(
+        ops.size(), [&](size_t layer, cudaStream_t stream) { space.scan(*indexes[layer], calls[layer], stream); });
+    found.step_microseconds = graph_microseconds(
+        ops.size(), [&](size_t layer, cudaStream_t stream) { space.attend(*indexes[layer], calls[layer], stream); });
     cuda::Totals all{};
+    double runs = 0;
     double cache = 0;
     double index = 0;
     for (size_t layer = 0; layer < ops.size(); ++layer) {
         const cuda::Totals totals = indexes[layer]->totals();
+        runs += static_cast<double>(totals.tokens[0] + totals.tokens[1]);
         all.group_scanned += totals.group_scanned;
         all.group_attended += totals.group_attended;
         all.group_visible += totals.group_visible;
         index += static_cast<double>(indexes[layer]->bytes());
         cache += static_cast<double>(n_kv) * static_cast<double>(ops[layer].keys.nb[1] + ops[layer].values.nb[1]);
     }
-    const auto per_layer = static_cast<double>(ops.size()) * n_rounds;
-    found.scan_bytes = static_cast<double>(all.group_scanned) * static_cast<double>(indexes[0]->bytes_per_cell()) / per_layer;
+    found.scan_bytes = static_cast<double>(all.group_scanned) * static_cast<double>(indexes[0]->bytes_per_cell()) / runs;
     found.survivors = static_cast<double>(all.group_attended) / static_cast<double>(all.group_visible);
     found.index_share = index / cache;
-    space.set_probe(nullptr, nullptr);
-    found.graph_microseconds = graph_microseconds(space, indexes, calls);
     return found;
 }
 

@@ -1,8 +1,6 @@
-// Where a step's time goes: our kernels one after another on captured ops, each between two events.
+// Our kernels alone on captured ops, all layers in a CUDA graph, so that nothing stands between them.
 #pragma once
 
-#include <map>
-#include <string>
 #include <vector>
 
 #include "captured.h"
@@ -11,15 +9,15 @@
 namespace louver::bench {
 
 struct Phases {
-    std::map<std::string, double> microseconds;  // of a layer: medians over layers and rounds
-    double graph_microseconds = 0;               // of a layer where nothing stands between kernels: a CUDA graph of all layers
-    double scan_bytes = 0;                       // of a layer, codes and grids and what belongs to them
-    double survivors = 0;                        // share of the (key, KV head) pairs
-    double index_share = 0;                      // of the bytes of K and V
-    double build_microseconds = 0;               // of the index of a layer, all at once
+    double step_microseconds = 0;   // of a layer, as the next two
+    double scan_microseconds = 0;   // by the kernel that does nothing else
+    double build_microseconds = 0;  // of the whole index at once
+    double scan_bytes = 0;          // of a layer, codes and grids and what belongs to them
+    double survivors = 0;           // share of the (key, KV head) pairs
+    double index_share = 0;         // of the bytes of K and V
 };
 
-Phases phases_of(const std::vector<CapturedOp> & ops, int64_t n_kv, const DecodeSettings & settings, int n_rounds);
+Phases phases_of(const std::vector<CapturedOp> & ops, int64_t n_kv, const DecodeSettings & settings);
 
 // Bytes per second that a copy within the device moves, read and written counted.
 double copy_bandwidth();

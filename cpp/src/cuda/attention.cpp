@@ -358,7 +358,9 @@ void Workspace::attend(const CacheIndex & index, const AttentionOp & op, void * 
 }
 
 void Workspace::scan(const CacheIndex & index, const AttentionOp & op, void * stream) {
-    launch_scan(problem(index, op), as_stream(stream));
+    Problem p = problem(index, op);
+    p.queued = nullptr;  // nothing is noted
+    launch_scan(p, as_stream(stream));
 }
 
 bool Workspace::fits(const CacheIndex & index, const AttentionOp & op) { return cuda::fits(problem(index, op)); }
