@@ -18,10 +18,10 @@ template <class Worker> constexpr int kAttendThreads = 32 * kAttendWarps<Worker>
 
 template <class Worker, int n_channels, int n_most> struct Shared {
     Queries<n_most, n_channels> queries;
-    double least[n_most];
+    float least[n_most];
     float reference[n_most];
     int threshold[n_most];
-    DropShared drop;
+    DropShared<n_most, kAttendWarps<Worker>> drop;
     PartialHead head[Worker::kWarps][n_most];
     Survivors<kAttendWarps<Worker>> survivors;
     CombineShared<n_most, n_channels> combine;
@@ -42,15 +42,12 @@ template <class Worker, int n_tiles, int n_most> struct ScanMemory {
     static constexpr size_t kBytes = kScratch + kAttendWarps<Worker> * sizeof(Ring);
 };
 
-// The workers' memory, in floats: in the end each has its output there, and behind it what a warp adds for dropped cells, if
-// there is room for that.
+// The workers' memory, in floats, where each has its output in the end; and behind it what warps add for dropped cells.
 template <class Worker, int n_channels, int n_most> struct Regions {
     static constexpr size_t kOutput = size_t{n_most} * n_channels;
     static constexpr size_t kStride = Worker::kBytes / sizeof(float);
-    static constexpr bool kInside = kStride >= 2 * kOutput && Worker::kWarps >= kDropWarps;
-    static constexpr size_t kAdded = kInside ? kOutput : Worker::kWarps * kStride;
-    static constexpr size_t kAddedStride = kInside ? kStride : kOutput;
-    static constexpr size_t kEnd = Worker::kWarps * kStride + (kInside ? 0 : kDropWarps * kOutput);
+    static constexpr size_t kAdded = Worker::kWarps * kStride;
+    static constexpr size_t kEnd = kAdded + kDropWarps * kOutput;
 };
 
 // What the warps found, as one share of the group, with what is added for the dropped cells.
@@ -66,7 +63,7 @@ __device__ __forceinline__ void write_share(const Problem & p, int share, int n_
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < kDropWarps; ++w) {
-            sum += regions[Memory::kAdded + w * Memory::kAddedStride + k];
+            sum += regions[Memory::kAdded + w * Memory::kOutput + k];
         }
         // What is dropped is relative to the reference, and has to fit into the share's unit.
         float peak = sum != 0 ? -100.0f : -infinity();
@@ -88,23 +85,11 @@ __device__ __forceinline__ void write_share(const Problem & p, int share, int n_
             p.part[(number + i) * dim + c] = sum;
         }
         if (c == 0) {
-            ShareHead head{peak, kept, 0, 0, s.least[i], s.threshold[i], 0};
-#pragma unroll
-            for (int w = 0; w < kDropWarps; ++w) {
-                head.dropped += s.drop.dropped[w][i];
-                head.compensation += s.drop.compensation[w][i];
-            }
-            head.dropped *= kEdgeFactor;
-            p.of_share[number + i] = head;
+            p.of_share[number + i] = {peak, kept, s.drop.all_dropped[i], s.drop.all_compensation[i], s.least[i], s.threshold[i], {}};
         }
     }
     if (threadIdx.x == 0) {
-        float longest = 0;
-#pragma unroll
-        for (int w = 0; w < kDropWarps; ++w) {
-            longest = fmaxf(longest, s.drop.value_norm[w]);
-        }
-        p.counts[share] = {s.n_scanned, s.survivors.n(), longest};
+        p.counts[share] = {s.n_scanned, s.survivors.n(), s.drop.longest};
     }
 }
 
@@ -126,21 +111,23 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     const bool scans = p.epsilon > 0 && is_plain && !asked && !(p.spares_uniform && *p.uniform_of(group) > 0);
     int share = static_cast<int>(blockIdx.x);
     OwnBlocks own(p, share, p.n_share);
-    fill_edges(s.drop);
-    load_queries<n_most, n_channels, kAttendWarps<Worker>>(p, group, s.queries);
+    s.drop.fill_edges();
+    const LoadedQuery<n_channels> query(p, group);
     using Scan = ScanMemory<Worker, n_tiles, n_most>;
     auto & scan = *reinterpret_cast<typename Scan::Scratch *>(memory);
     bool begun = false;  // the same in all thread blocks of the group, as what follows from it
     bool is_sound = true;
     if (scans) {
         auto & ring = reinterpret_cast<typename Scan::Ring *>(memory + Scan::kScratch)[warp];
-        is_sound = scan_share<n_tiles>(p, group, own, s.queries, scan, ring, begun);
+        is_sound = scan_share<n_tiles>(p, group, own, query, s.queries, scan, ring, begun);
+    } else {
+        query.store(s.queries);
     }
     bool met = asked || (p.epsilon > 0 && !is_plain) || (scans && !begun);
     const bool failed = begun && !is_sound;  // this share: its last thread block will attend to all of the group
     if (begun && warp < n_query) {
-        const double least = least_mass(scan, warp, p.n_share);
-        const int threshold = mass_threshold(scan.histogram[warp], static_cast<double>(p.epsilon) * least);
+        const float least = least_mass(scan, warp, p.n_share);
+        const int threshold = mass_threshold(scan.histogram[warp], s.drop.edge, p.epsilon * least);
         if (thread % 32 == 0) {
             s.threshold[warp] = threshold;
             s.least[warp] = least;
@@ -172,7 +159,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
 
 #pragma unroll 1
     for (bool whole = false;;) {
-        select_share<n_most>(p, group, own, failed && !whole ? nullptr : s.threshold, s.survivors);
+        select_share<n_most>(p, group, own, failed && !whole ? nullptr : s.threshold, s.survivors, s.drop);
         __syncthreads();
         if (warp < Worker::kWarps) {
             const std::byte * mask = is_plain || p.mask.data == nullptr
@@ -183,12 +170,11 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
             Worker worker(p, reinterpret_cast<std::byte *>(output));
             worker.run(group, n * warp / Worker::kWarps, n * (warp + 1) / Worker::kWarps, mask, s.survivors, s.queries, s.reference);
             worker.end(s.head[warp], output, n_query);
-            __syncthreads();
         } else {
             const int worker = warp - Worker::kWarps;
-            const Drop<n_most, n_channels> drop(p, group, own);
-            drop.run(begun && !failed && !whole ? own.n : 0, worker, s.drop,
-                     regions + Memory::kAdded + worker * Memory::kAddedStride);
+            s.drop.add_up(worker, own.n);
+            add_means<n_most, n_channels>(p, group, own, p.compensate && begun && !failed && !whole ? own.n : 0, worker,
+                                          regions + Memory::kAdded + worker * Memory::kOutput);
         }
         __syncthreads();
         write_share<Worker, n_channels, n_most>(p, first_share + share, n_query, s, regions);

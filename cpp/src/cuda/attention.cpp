@@ -250,7 +250,7 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const size_t blocks = static_cast<size_t>(room.n_blocks);
     const size_t cells = blocks * kBlockCells;
     const size_t shares = static_cast<size_t>(kMostRounds * n_processors_) + g;  // of all groups together
-    const size_t bytes = q * (64 + cells + blocks * 4) + g * (64 + cells * 4 + blocks * 16) +
+    const size_t bytes = q * (64 + cells + blocks * 4) + g * (64 + cells * 4 + blocks * (16 + 4 * kMaxShared)) +
                          shares * (16 + kMaxShared * (static_cast<size_t>(room.value_dim) * 4 + sizeof(ShareHead))) +
                          static_cast<size_t>(room.n_slot) * 4 +
                          static_cast<size_t>(room.n_row) * (sizeof(Sight) + (blocks + 1) * 8) + 32 * 256;
@@ -325,6 +325,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.reference = parts.take<float>(q);
     p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);
     p.slack = parts.take<float>(q * blocks);
+    p.weights = parts.take<float>(g * blocks * kMaxShared);
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.bounded = parts.take<uint64_t>(g * blocks);

@@ -9,10 +9,6 @@ __device__ inline void raise(double * most, double value) {  // of non-negative 
     atomicMax(reinterpret_cast<unsigned long long *>(most), static_cast<unsigned long long>(__double_as_longlong(value)));
 }
 
-__device__ __forceinline__ double power_of_two(int exponent) {
-    return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
-}
-
 // Written by other thread blocks of the same kernel: not from L1.
 __device__ __forceinline__ ShareHead share_head(const Problem & p, int share, int i) {
     const auto * from = reinterpret_cast<const float4 *>(p.of_share + static_cast<int64_t>(share) * p.n_shared + i);
@@ -23,63 +19,62 @@ __device__ __forceinline__ ShareHead share_head(const Problem & p, int share, in
     head.kept = first.y;
     head.dropped = first.z;
     head.compensation = first.w;
-    head.least = __hiloint2double(__float_as_int(second.y), __float_as_int(second.x));
-    head.threshold = __float_as_int(second.z);
-    head.unused = 0;
+    head.least = second.x;
+    head.threshold = __float_as_int(second.y);
     return head;
 }
 
-// What the shares of a query found, all together.
+// What the shares of a query found, all together: sums of float32, which kWeightError covers for up to 100 shares to a lane.
 struct AllShares {
-    double kept;          // mass, in the unit 2^peak, as the next
-    double compensation;  // and what the outputs have with it
-    double added;         // the same, relative to the reference, as the rest
-    double dropped;       // upper bound
-    double least;         // lower bound on the whole mass
-    int threshold;        // the highest; kAttendAll where all of them attended to all
+    float kept;          // mass, in the unit 2^peak, as the next
+    float compensation;  // and what the outputs have with it
+    float added;         // the same, relative to the reference, as the rest
+    float dropped;       // upper bound
+    float least;         // lower bound on the whole mass
+    int threshold;       // the highest; kAttendAll where all of them attended to all
 
     // No visible cell: 0, as stock.
     __device__ __forceinline__ float inverse() const {
-        const double mass = kept + compensation;
-        return mass > 0 || isnan(mass) ? 1.0f / static_cast<float>(mass) : 0.0f;
+        const float mass = kept + compensation;
+        return mass > 0 || isnan(mass) ? 1.0f / mass : 0.0f;
     }
 };
 
 // By a warp, the same in all lanes; and by what the shares [first, first + n) of query i count: factors [n].
 __device__ __forceinline__ AllShares add_shares(const Problem & p, int first, int n, int i, float * factors) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const ShareHead own = share_head(p, first + min(lane, n - 1), i);
-    float peak = own.peak;
+    ShareHead head = share_head(p, first + min(lane, n - 1), i);
+    float peak = head.peak;
 #pragma unroll 1
     for (int share = lane + 32; share < n; share += 32) {
         peak = fmaxf(peak, share_head(p, first + share, i).peak);
     }
     peak = largest_of_warp(peak);
-    AllShares all{};
-    all.threshold = kAttendAll;
+    float sums[4] = {};
+    int threshold = kAttendAll;
 #pragma unroll 1
     for (int share = lane; share < n; share += 32) {
-        const ShareHead head = share == lane ? own : share_head(p, first + share, i);
+        if (share > lane) {
+            head = share_head(p, first + share, i);
+        }
         // Without a peak a share is either nothing or NaN.
         const float factor = head.peak != -infinity() ? exp2_fast(head.peak - peak) : 0.0f;
-        all.kept += static_cast<double>(head.peak != -infinity() ? head.kept * factor : head.kept);
-        all.added += static_cast<double>(head.compensation);
-        all.dropped += static_cast<double>(head.dropped);
-        all.least += head.least;
-        all.threshold = max(all.threshold, head.threshold);
+        sums[0] += head.peak != -infinity() ? head.kept * factor : head.kept;
+        sums[1] += head.compensation;
+        sums[2] += head.dropped;
+        sums[3] += head.least;
+        threshold = max(threshold, head.threshold);
         factors[share] = factor;
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {  // side by side
-        all.kept += __shfl_xor_sync(~0u, all.kept, step);
-        all.added += __shfl_xor_sync(~0u, all.added, step);
-        all.dropped += __shfl_xor_sync(~0u, all.dropped, step);
-        all.least += __shfl_xor_sync(~0u, all.least, step);
+#pragma unroll
+        for (float & sum : sums) {
+            sum += __shfl_xor_sync(~0u, sum, step);
+        }
     }
-    all.threshold = __reduce_max_sync(~0u, all.threshold);
-    const int exponent = peak == -infinity() ? 0 : static_cast<int>(fminf(fmaxf(peak, -1000.0f), 1000.0f));
-    all.compensation = all.added * power_of_two(-exponent);
-    return all;
+    return {sums[0], sums[1] > 0 ? sums[1] * exp2_fast(-peak) : 0.0f, sums[1], sums[2], sums[3],
+            __reduce_max_sync(~0u, threshold)};
 }
 
 // The certificate, but for the output's norm. By a warp, the same in all lanes.
@@ -94,19 +89,18 @@ struct Certified {
         if (!(shares.dropped > 0)) {
             return;
         }
+        constexpr auto kError = static_cast<float>(4 * kWeightError);  // of the sums, and of what follows
         // The mass proper is at least what the dropped cells leave of the oracle's bound.
-        const double least = fmax(shares.least * (1.0 - kWeightError) - shares.dropped * (1.0 + kWeightError), 0.0);
-        const double upper = shares.dropped * (1.0 + kWeightError);
-        const double added = shares.added * (1.0 + kWeightError);
+        const float upper = shares.dropped * (1.0f + kError);
+        const float least = fmaxf(shares.least * (1.0f - kError) - upper, 0.0f);
+        const float added = shares.added * (1.0f + kError);
         // Three quotients, a lane to each: one after another they take a microsecond.
-        const double above = lane == 0 ? upper : lane == 1 ? added + upper : added;
-        const double below = lane == 0   ? upper + least * (1.0 - kWeightError)
-                             : lane == 1 ? least + upper
-                                         : fmax(least, 1e-300);
-        const double quotient = above / below * (1 + 0x1p-20);
-        const double share = __shfl_sync(~0u, quotient, 0);
-        delta = static_cast<float>(fmin(share, static_cast<double>(p.epsilon) * (1.0 - kWeightError)));
-        bound = static_cast<float>(fmax(__shfl_sync(~0u, quotient, 1), __shfl_sync(~0u, quotient, 2))) * kNormInflation;
+        const float above = lane == 0 ? upper : lane == 1 ? added + upper : added;
+        const float below = lane == 2 ? fmaxf(least, 1e-37f) : upper + least;
+        const float quotient = above / below * (1.0f + 0x1p-20f);
+        const float share = __shfl_sync(~0u, quotient, 0);
+        delta = fminf(share, p.epsilon * (1.0f - kError / 2));
+        bound = fmaxf(__shfl_sync(~0u, quotient, 1), __shfl_sync(~0u, quotient, 2)) * kNormInflation;
     }
 };
 
@@ -179,7 +173,7 @@ __device__ __forceinline__ void combine_group(const Problem & p, int group, int 
     constexpr int kWorkers = n_warps - n_most > n_warps / 2 ? n_warps - n_most : n_warps / 2;
     constexpr int kThreads = 32 * kWorkers;
     constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;      // channels to a thread
-    constexpr int kAtOnce = kItems == 1 ? 32 : kItems <= 16 ? 48 / kItems : 2;  // shares
+    constexpr int kAtOnce = kItems <= 2 ? 16 : kItems <= 16 ? 32 / kItems : 2;    // shares
     static_assert(n_most <= n_warps && n_channels % 32 == 0);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;

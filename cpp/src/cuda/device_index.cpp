@@ -214,6 +214,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
             op.search.n_scored = parts.take<unsigned long long>(2);
             return parts.bytes();
         }
+        p.weights = parts.take<float>(g * blocks * kMaxShared);
         p.kept = parts.take<uint64_t>(g * blocks);
         p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
         p.counts = parts.take<ShareCounts>(shares);

@@ -1,5 +1,5 @@
-// What the dropped cells of a group weigh at most, and what is added for them: their blocks' mean values, with the weight that
-// the cells most likely have. By the warps of attend that gather nothing, while the others wait for memory.
+// What the dropped cells of a share weigh at most, and what is added for them: their blocks' mean values, with the weight that
+// the cells most likely have.
 #pragma once
 
 #include "cuda/certify.cuh"
@@ -7,21 +7,69 @@
 
 namespace louver::cuda {
 
-inline constexpr int kDropWarps = 4;
+inline constexpr int kDropWarps = 4;  // that add mean values, while the others attend
 
-struct DropShared {
+// n_warps: of the thread block.
+template <int n_most, int n_warps> struct DropShared {
     float edge[kBins];  // the weight at each bin's upper edge, but for upper_edge's last factor
-    float dropped[kDropWarps][kMaxShared];
-    float compensation[kDropWarps][kMaxShared];
-    float value_norm[kDropWarps];
-};
+    // Of each warp's blocks, then of all.
+    float dropped[n_warps][n_most];
+    float compensation[n_warps][n_most];
+    float value_norm[n_warps];
+    float all_dropped[n_most];
+    float all_compensation[n_most];
+    float longest;
 
-// By a whole thread block.
-__device__ __forceinline__ void fill_edges(DropShared & s) {
-    for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += static_cast<int>(blockDim.x)) {
-        s.edge[bin] = bin == kBins - 1 ? 0.0f : exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave));
+    // By a whole thread block.
+    __device__ __forceinline__ void fill_edges() {
+        for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += n_warps * 32) {
+            edge[bin] = bin == kBins - 1 ? 0.0f : exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave));
+        }
     }
-}
+
+    // By each warp.
+    __device__ __forceinline__ void note(const float (&of_dropped)[n_most], const float (&of_compensation)[n_most],
+                                         float longest_value) {
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+        for (int i = 0; i < n_most; i += 4) {
+            float both[8];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                both[k] = of_dropped[i + k];
+                both[4 + k] = of_compensation[i + k];
+            }
+            const float sum = sum_of_warp(both);
+            if (lane % 4 == 0) {
+                (lane < 16 ? dropped : compensation)[warp][i + lane / 4 % 4] = sum;
+            }
+        }
+        longest_value = largest_of_warp(longest_value);
+        if (lane == 0) {
+            value_norm[warp] = longest_value;
+        }
+    }
+
+    // By warp `worker` of kDropWarps, once the thread block has met. Every sum of n_own blocks is rounded up for its additions.
+    __device__ __forceinline__ void add_up(int worker, int n_own) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const bool is_there = lane < n_warps;
+        const int warp = is_there ? lane : 0;
+        const float rounding = 1.0f + 0x1p-23f * static_cast<float>(n_own + 32);
+#pragma unroll 1
+        for (int i = worker; i < n_most; i += kDropWarps) {
+            const float sum = sum_of_warp(is_there ? dropped[warp][i] : 0.0f);
+            const float added = sum_of_warp(is_there ? compensation[warp][i] : 0.0f);
+            const float most = largest_of_warp(value_norm[warp]);
+            if (lane == 0) {
+                all_dropped[i] = sum * (kEdgeFactor * rounding);
+                all_compensation[i] = added;
+                longest = most;
+            }
+        }
+    }
+};
 
 // 4 bits as 4 bytes of 0 or 255.
 __device__ __forceinline__ uint32_t as_bytes(uint32_t bits) { return ((bits & 0xfu) * 0x00204081u & 0x01010101u) * 0xffu; }
@@ -31,144 +79,69 @@ __device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
     return (edge[bins & 0xffu] + edge[bins >> 8 & 0xffu]) + (edge[bins >> 16 & 0xffu] + edge[bins >> 24]);
 }
 
-// n_most: queries to a group; n_channels: of a value, at most.
-template <int n_most, int n_channels> class Drop {
-  public:
-    __device__ __forceinline__ Drop(const Problem & p, int group, const OwnBlocks & own)
-        : p_(p), group_(group), own_(own), first_slot_(p.slot_of(group, 0)) {}
-
-    // The first `end` of the blocks, by warp `worker` of kDropWarps; sums [n_most][n_channels], where other warps may have what they work
-    // on: the thread block meets before they are written.
-    __device__ __forceinline__ void run(int end, int worker, DropShared & s, float * sums) const {
-        float added[n_most][kPairs][2] = {};  // channels j * 64 + 2 * lane and the next
-        float dropped[n_most] = {};           // of the lane's block, as the next
-        float compensation[n_most] = {};
-        float value_norm = 0;
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        int first = worker * kAtOnce;
-        Cells cells;
-        if (first < end) {
-            load(cells, first, end);
-        }
+// The mean values of the first `n` of the blocks, each times its weights; by warp `worker` of kDropWarps. sums: [n_most]
+// [n_channels], all of them written; those behind the values' last channel have no meaning.
+template <int n_most, int n_channels>
+__device__ __forceinline__ void add_means(const Problem & p, int group, const OwnBlocks & own, int n, int worker, float * sums) {
+    constexpr int kWords = n_channels / 64;  // of 2 channels, to a lane
+    constexpr int kAtOnce = 4;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int channel = min(lane * 2 * kWords, p.planes.value_dim - 2 * kWords);
+    const int64_t first_slot = p.slot_of(group, 0);
+    const float * weights = p.weights + static_cast<int64_t>(group) * p.n_blocks * kMaxShared;
+    float added[n_most][kWords][2] = {};
 #pragma unroll 1
-        for (; first < end; first += kDropWarps * kAtOnce) {
-            Cells next;
-            if (first + kDropWarps * kAtOnce < end) {
-                load(next, first + kDropWarps * kAtOnce, end);
+    for (int first = worker; first < n; first += kDropWarps * kAtOnce) {
+        uint32_t means[kAtOnce][kWords];
+        float4 weight[kAtOnce][n_most / 4];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int j = first + u * kDropWarps;
+            const int block = own.at(min(j, n - 1));
+            const uint16_t * from = p.planes.means_of(first_slot + block) + channel;
+            if constexpr (kWords == 1) {
+                means[u][0] = *reinterpret_cast<const uint32_t *>(from);
+            } else if constexpr (kWords == 2) {
+                const uint2 words = *reinterpret_cast<const uint2 *>(from);
+                means[u][0] = words.x;
+                means[u][1] = words.y;
+            } else {
+                const uint4 words = *reinterpret_cast<const uint4 *>(from);
+                means[u][0] = words.x;
+                means[u][1] = words.y;
+                means[u][2] = words.z;
+                means[u][3] = words.w;
             }
-            const uint32_t drops = cells.drops();
-            if (__any_sync(~0u, drops != 0)) {
-                // The last bin, which nothing is dropped of, stands for what is not dropped.
-                const uint32_t kept_bytes[2] = {~as_bytes(drops), ~as_bytes(drops >> 4)};
-                value_norm = drops != 0 ? fmaxf(value_norm, cells.longest) : value_norm;
-                float weight[n_most];
 #pragma unroll
-                for (int i = 0; i < n_most; ++i) {
-                    const float most =
-                        edges(s.edge, cells.bins[i].x | kept_bytes[0]) + edges(s.edge, cells.bins[i].y | kept_bytes[1]);
-                    dropped[i] += most;
-                    // The slack's middle, where the score most likely is.
-                    weight[i] = drops != 0 && p_.compensate ? most * (kMeanOfBin * exp2_fast(-cells.slack[i])) : 0.0f;
-#pragma unroll
-                    for (int bit = 1; bit < 8; bit *= 2) {
-                        weight[i] += __shfl_xor_sync(~0u, weight[i], bit);
-                    }
-                    compensation[i] += weight[i];
-                }
-#pragma unroll
-                for (int b = 0; b < kAtOnce; ++b) {
-#pragma unroll
-                    for (int i = 0; i < n_most; ++i) {
-                        const float of_block = __shfl_sync(~0u, weight[i], 8 * b);
-#pragma unroll
-                        for (int j = 0; j < kPairs; ++j) {
-                            added[i][j][0] = fmaf(of_block, __uint_as_float(cells.means[b][j] << 16), added[i][j][0]);
-                            added[i][j][1] = fmaf(of_block, __uint_as_float(cells.means[b][j] & 0xffff0000u), added[i][j][1]);
-                        }
-                    }
+            for (int i = 0; i < n_most / 4; ++i) {
+                weight[u][i] = *reinterpret_cast<const float4 *>(weights + static_cast<int64_t>(block) * kMaxShared + 4 * i);
+                if (j >= n) {
+                    weight[u][i] = {0, 0, 0, 0};
                 }
             }
-            cells = next;
-        }
-        __syncthreads();
-        // In an order that does not depend on timing.
-#pragma unroll
-        for (int i = 0; i < n_most; i += 4) {
-            float both[8] = {};
-#pragma unroll
-            for (int k = 0; k < min(4, n_most - i); ++k) {
-                both[k] = dropped[i + k];
-                both[4 + k] = lane % 8 == 0 ? compensation[i + k] : 0.0f;
-            }
-            const float sum = sum_of_warp(both);
-            if (lane % 4 == 0) {
-                (lane < 16 ? s.dropped : s.compensation)[worker][i + lane / 4 % 4] = sum;
-            }
         }
 #pragma unroll
-        for (int i = 0; i < n_most; ++i) {
+        for (int u = 0; u < kAtOnce; ++u) {
 #pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                *reinterpret_cast<float2 *>(sums + i * n_channels + j * 64 + lane * 2) =
-                    make_float2(added[i][j][0], added[i][j][1]);
-            }
-        }
-        value_norm = largest_of_warp(value_norm);
-        if (lane == 0) {
-            s.value_norm[worker] = value_norm;
-        }
-    }
-
-  private:
-    static constexpr int kAtOnce = 4;  // blocks to a warp: 8 lanes to each, 8 cells to a lane
-    static constexpr int kPairs = n_channels / 64;
-
-    // What a warp works on at once: lane / 8 is the block, lane % 8 the byte of its words.
-    struct Cells {
-        uint64_t seen = 0;
-        uint64_t kept = 0;
-        uint2 bins[n_most];
-        float slack[n_most];
-        float longest = 0;
-        uint32_t means[kAtOnce][kPairs];
-
-        __device__ __forceinline__ uint32_t drops() const {
-            return static_cast<uint32_t>((seen & ~kept) >> (static_cast<int>(threadIdx.x) % 8 * 8)) & 0xffu;
-        }
-    };
-
-    // Nothing waits for anything here: where there is no block or query, another is read and not taken, or changes nothing.
-    __device__ __forceinline__ void load(Cells & cells, int first, int end) const {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        const int n_query = p_.n_query_of(group_);
-        const bool is_there = first + lane / 8 < end;
-        const int block = own_.at(min(first + lane / 8, end - 1));
-        cells.seen = is_there ? p_.visible_of(group_)[block] : 0;
-        cells.kept = p_.kept[static_cast<int64_t>(group_) * p_.n_blocks + block];
-        cells.longest = p_.planes.bounds[first_slot_ + block].value_norm;
+            for (int i = 0; i < n_most; ++i) {
+                const float4 & four = weight[u][i / 4];
+                const float by = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
 #pragma unroll
-        for (int i = 0; i < n_most; ++i) {
-            const int64_t of = (static_cast<int64_t>(group_) * p_.n_shared + min(i, n_query - 1)) * p_.n_blocks + block;
-            cells.bins[i] = *reinterpret_cast<const uint2 *>(p_.bins + of * kBlockCells + lane % 8 * 8);
-            cells.slack[i] = p_.slack[of];
-        }
-#pragma unroll
-        for (int b = 0; b < kAtOnce; ++b) {
-#pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-                const int c = min(j * 64 + lane * 2, p_.planes.value_dim - 2);
-                cells.means[b][j] =
-                    p_.compensate
-                        ? __ldg(reinterpret_cast<const uint32_t *>(p_.planes.means_of(first_slot_ + own_.at(min(first + b, end - 1))) + c))
-                        : 0u;
+                for (int w = 0; w < kWords; ++w) {
+                    added[i][w][0] = fmaf(by, __uint_as_float(means[u][w] << 16), added[i][w][0]);
+                    added[i][w][1] = fmaf(by, __uint_as_float(means[u][w] & 0xffff0000u), added[i][w][1]);
+                }
             }
         }
     }
-
-    const Problem & p_;
-    int group_;
-    const OwnBlocks & own_;
-    int64_t first_slot_;
-};
+#pragma unroll
+    for (int i = 0; i < n_most; ++i) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+            *reinterpret_cast<float2 *>(sums + i * n_channels + (lane * kWords + w) * 2) =
+                make_float2(added[i][w][0], added[i][w][1]);
+        }
+    }
+}
 
 }  // namespace louver::cuda

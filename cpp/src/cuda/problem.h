@@ -96,9 +96,9 @@ struct alignas(16) ShareHead {
     float kept;          // mass, in the unit 2^peak; the rest relative to the reference
     float dropped;       // upper bound on what was dropped,
     float compensation;  // weight added back for it,
-    double least;        // a lower bound on the mass of the share
+    float least;         // a lower bound on the mass of the share
     int32_t threshold;   // the first bin that is kept; kAttendAll where nothing was scanned
-    int32_t unused;
+    int32_t unused[2];
 };
 
 struct ShareCounts {
@@ -177,6 +177,7 @@ struct Problem {
     float * reference;      // [n_group][n_shared] log2 units
     uint8_t * bins;         // [n_group][n_shared][n_blocks][64]
     float * slack;          // [n_group][n_shared][n_blocks]
+    float * weights;        // [n_group][n_blocks][kMaxShared] of the cells that are dropped, all those of a block together
     int32_t * attend_all;   // [n_group] not 0: the caller wants all of it attended; of a scan alone: it met what is not finite
     uint64_t * kept;        // [n_group][n_blocks]
     int32_t * survivors;    // [n_group][n_blocks * 64]: the n-th of a group's blocks, share by share, has the n-th 64 places

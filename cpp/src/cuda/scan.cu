@@ -21,10 +21,10 @@ template <int n_tiles, int n_most> __global__ void __launch_bounds__(Scan<n_tile
     using Layout = Scan<n_tiles, n_most>;
     auto & s = *reinterpret_cast<Layout *>(shared_memory());
     const int group = static_cast<int>(blockIdx.y);
-    load_queries<n_most, Layout::kChannels, Layout::kWarps>(p, group, s.queries);
+    const LoadedQuery<Layout::kChannels> query(p, group);
     bool begun;
     const OwnBlocks own(p, static_cast<int>(blockIdx.x), p.n_share);
-    if (!scan_share<n_tiles>(p, group, own, s.queries, s.scratch, s.rings[threadIdx.x / 32], begun) && threadIdx.x == 0) {
+    if (!scan_share<n_tiles>(p, group, own, query, s.queries, s.scratch, s.rings[threadIdx.x / 32], begun) && threadIdx.x == 0) {
         p.attend_all[group] = 1;
     }
 }

@@ -44,7 +44,7 @@ template <int n_most, int n_warps> struct ScanShared {
     float probe_norm[kProbes];
     float norm[n_most];
     float reference[n_most];
-    double known[n_most];             // lower bound of the probes' mass
+    float known[n_most];              // lower bound of the probes' mass
     uint64_t lower[n_warps][n_most];  // of each warp, in kSmallUnit
     uint64_t large[n_most];           // of all of them, in kLargeUnit
     int scanned[n_warps];
@@ -61,35 +61,41 @@ __device__ __forceinline__ void add_mass(float mass, uint64_t & small, uint64_t 
     }
 }
 
-// By a whole thread block, which has to meet before they are used.
-template <int n_most, int n_channels, int n_warps>
-__device__ __forceinline__ void load_queries(const Problem & p, int group, Queries<n_most, n_channels> & queries) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int n_query = p.n_query_of(group);
-    static_assert(n_warps >= n_most);
-    if (warp < n_most) {
+// A query to a warp, on its way from where it is made: other loads may follow before it is stored.
+template <int n_channels> struct LoadedQuery {
+    float own[n_channels / 32];
+
+    __device__ __forceinline__ LoadedQuery(const Problem & p, int group) {
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const int n_query = p.n_query_of(group);
         const float * query = p.query_of(group, min(warp, n_query - 1));
-        float own[n_channels / 32];
 #pragma unroll
         for (int k = 0; k < n_channels / 32; ++k) {
             own[k] = warp < n_query && lane + 32 * k < p.keys.dim ? query[lane + 32 * k] : 0.0f;
         }
+    }
+    // The thread block has to meet before it is used.
+    template <int n_most> __device__ __forceinline__ void store(Queries<n_most, n_channels> & queries) const {
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        if (warp < n_most) {
 #pragma unroll
-        for (int k = 0; k < n_channels / 32; ++k) {
-            queries.of[warp][lane + 32 * k] = own[k];
+            for (int k = 0; k < n_channels / 32; ++k) {
+                queries.of[warp][static_cast<int>(threadIdx.x) % 32 + 32 * k] = own[k];
+            }
         }
     }
-}
+};
 
-// Norms of the queries, which are in shared memory, and their references, the same in every thread block of a group; and what
+// The queries into shared memory; their norms, and their references, the same in every thread block of a group; and what
 // the probes are known to weigh. Returns the lane's norms and references, of the queries z * kQuad + lane / 8. False: something is
 // not finite or too large, so that nothing is decided here. What begins the stream of codes is called once the few rows that are
 // needed first are here.
 template <int n_most, int n_channels, int n_warps, class Stream>
-__device__ __forceinline__ bool begin_scan(const Problem & p, int group, const Queries<n_most, n_channels> & queries,
-                                           ScanShared<n_most, n_warps> & s, float (&norm)[n_most / kQuad],
-                                           float (&reference)[n_most / kQuad], const Stream & stream) {
+__device__ __forceinline__ bool begin_scan(const Problem & p, int group, const LoadedQuery<n_channels> & query,
+                                           Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
+                                           float (&norm)[n_most / kQuad], float (&reference)[n_most / kQuad],
+                                           const Stream & stream) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int n_query = p.n_query_of(group);
@@ -103,6 +109,7 @@ __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const Q
     for (int k = 0; k < kOwn; ++k) {
         cell[k] = sight.probes[min(k * n_warps + warp, kProbes - 1)];
     }
+    query.store(queries);
     float keys[kOwn][8] = {};
     with_type(p.keys.type, [&]<DType type>() {
         Eight<type> rows[kOwn];
@@ -201,12 +208,12 @@ __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const Q
         if (warp == 0) {
             // Exact weights, less what float32 may be off by.
             const float unit = (2.0f * static_cast<float>(dim) + 16.0f) * kUnit * 1.001f * p.to_log2 * norm[z];
-            double known = 0;
+            float known = 0;
 #pragma unroll
             for (int k = 0; k < kProbes / 8; ++k) {
                 const int at = k * 8 + lane % 8;
                 const float x = at < n_probes ? score[k] - reference[z] - unit * s.probe_norm[at] : -infinity();
-                known += static_cast<double>(exp2_fast(x));
+                known += exp2_fast(x);
             }
 #pragma unroll
             for (int bit = 1; bit < 8; bit *= 2) {
@@ -214,7 +221,7 @@ __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const Q
             }
             if (lane % 8 == 0) {
                 s.reference[i] = reference[z];
-                s.known[i] = known * (1.0 - kWeightError);
+                s.known[i] = known * static_cast<float>(1.0 - kWeightError);
             }
         }
     }
@@ -374,12 +381,13 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
     return to;
 }
 
-// The scan of a share by a whole thread block, whose queries are on their way to shared memory. False in all threads: something
+// The scan of a share by a whole thread block. False in all threads: something
 // was not finite; `begun` says whether it was so from the beginning, for all thread blocks of the group. Leaves in shared memory
 // the histograms and the mass.
 template <int n_tiles, class Ring, int n_most, int n_channels, int n_warps>
 __device__ __forceinline__ bool scan_share(const Problem & p, int group, const OwnBlocks & own,
-                                           const Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
+                                           const LoadedQuery<n_channels> & loaded,
+                                           Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
                                            Ring & stage, bool & begun) {
     constexpr int n_quad = n_most / kQuad;
     const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -417,7 +425,7 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
     float query[n_quad][n_tiles][4];
     float norm[n_quad];
     float reference[n_quad];
-    begun = begin_scan<n_most, n_channels, n_warps>(p, group, queries, s, norm, reference, stream);
+    begun = begin_scan<n_most, n_channels, n_warps>(p, group, loaded, queries, s, norm, reference, stream);
     if (!begun) {
         if (cells != 0) {  // nothing may arrive once the thread block goes on
             stage.grid_here.wait(0);
@@ -585,15 +593,14 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
 
 // A lower bound on what the share of a query weighs, with its part of what the probes do. By a warp, the same in all lanes.
 template <int n_most, int n_warps>
-__device__ __forceinline__ double least_mass(const ScanShared<n_most, n_warps> & s, int i, int n_share) {
+__device__ __forceinline__ float least_mass(const ScanShared<n_most, n_warps> & s, int i, int n_share) {
     uint64_t small = 0;
 #pragma unroll
     for (int w = 0; w < n_warps; ++w) {
         small += s.lower[w][i];
     }
-    const double own = static_cast<double>(small) * static_cast<double>(kSmallUnit) +
-                       static_cast<double>(s.large[i]) * static_cast<double>(kLargeUnit);
-    return (own + s.known[i] / n_share) * (1.0 - 0x1p-40);
+    const float own = static_cast<float>(small) * kSmallUnit + static_cast<float>(s.large[i]) * kLargeUnit;
+    return (own + s.known[i] / static_cast<float>(n_share)) * (1.0f - 0x1p-20f);
 }
 
 }  // namespace louver::cuda

@@ -1,29 +1,29 @@
-// From the bins to the survivors of a share. A cell is dropped only if every query of the group has it below its threshold; a
+// From the bins to the survivors of a share, and what the others weigh. A cell is dropped only if every query of the group has it below its threshold; a
 // threshold is the highest whose bins, each cell counted with the weight at its bin's upper edge, add up to at most epsilon of the
 // mass: the mass oracle (louver/mass_oracle.h) with all weights as its sample, and so with nothing left to verify. Each share
 // drops at most epsilon of what is its own, and of an even part of what the probes weigh; so all shares drop at most epsilon
 // of the whole, and none waits for another.
 #pragma once
 
-#include "cuda/certify.cuh"
+#include "cuda/drop.cuh"
 #include "cuda/scan.cuh"
 
 namespace louver::cuda {
 
-// By a warp, the same in all lanes.
-__device__ __forceinline__ int mass_threshold(const uint32_t * histogram, double most) {
+// By a warp, the same in all lanes. The sums are of float32: 15 roundings at most, which kWeightError covers.
+__device__ __forceinline__ int mass_threshold(const uint32_t * histogram, const float * edge, float most) {
     constexpr int kOwn = kBins / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const double target = most * (1.0 - 4 * kWeightError);
-    double sums[kOwn];
-    double sum = 0;
+    const float target = most * (1.0f - 4 * static_cast<float>(kWeightError));
+    float sums[kOwn];
+    float sum = 0;
 #pragma unroll
     for (int b = 0; b < kOwn; ++b) {
         const int bin = lane * kOwn + b;
-        sum += static_cast<double>(histogram[bin]) * static_cast<double>(upper_edge(bin));
+        sum = fmaf(static_cast<float>(histogram[bin]), edge[bin], sum);
         sums[b] = sum;
     }
-    const double before = exclusive_sum(sum);
+    const float before = exclusive_sum(sum);
     int first_kept = kBins - 1;
 #pragma unroll
     for (int b = kOwn - 1; b >= 0; --b) {
@@ -63,6 +63,8 @@ template <int n_most> struct SelectCells {
     uint64_t seen = 0;
     uint64_t indexed = 0;
     uint2 bins[n_most];
+    float slack[n_most];
+    float longest = 0;
 
     // Nothing waits for anything here: where there is no block, another is read and not taken, and a query that is not there has
     // the bins of the last one, which changes nothing.
@@ -72,20 +74,23 @@ template <int n_most> struct SelectCells {
         const int block = own.at(min(first + lane / 8, end - 1));
         const int n_query = p.n_query_of(group);
         seen = is_there ? p.visible_of(group)[block] : 0;
-        indexed = p.planes.indexed[p.slot_of(group, block)];
+        const int64_t slot = p.slot_of(group, block);
+        indexed = p.planes.indexed[slot];
+        longest = p.planes.bounds[slot].value_norm;
 #pragma unroll
         for (int i = 0; i < n_most; ++i) {
             const int64_t of = (static_cast<int64_t>(group) * p.n_shared + min(i, n_query - 1)) * p.n_blocks + block;
             bins[i] = *reinterpret_cast<const uint2 *>(p.bins + of * kBlockCells + lane % 8 * 8);
+            slack[i] = p.slack[of];
         }
     }
 };
 
-// By a whole thread block, which has to meet before the survivors are used: fills all but list and n_own. thresholds:
-// [n_query] first bins that are kept, kAttendAll for all cells; null: none is kept.
+// By a whole thread block, which has to meet before its results are used. Fills all of the survivors but list and n_own, and what
+// each warp drops. thresholds: [n_query] first bins that are kept, kAttendAll for all cells; null: none is kept.
 template <int n_most, int n_warps>
 __device__ __forceinline__ void select_share(const Problem & p, int group, const OwnBlocks & own, const int * thresholds,
-                                             Survivors<n_warps> & survivors) {
+                                             Survivors<n_warps> & survivors, DropShared<n_most, n_warps> & drop) {
     constexpr int kAtOnce = 4;  // blocks to a warp: 8 lanes to each, 8 cells to a lane
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -107,6 +112,10 @@ __device__ __forceinline__ void select_share(const Problem & p, int group, const
     }
     int32_t * list = survivors.list + begin * kBlockCells;
     int n = 0;
+    const bool drops_some = thresholds != nullptr && !all;
+    float dropped[n_most] = {};       // of the lane's cells
+    float compensation[n_most] = {};  // of the lane's block, by its first lane
+    float longest = 0;
 #pragma unroll 1
     for (int first = begin; first < end; first += kAtOnce) {
         const int block = own.at(min(first + lane / 8, end - 1));
@@ -134,6 +143,39 @@ __device__ __forceinline__ void select_share(const Problem & p, int group, const
                 p.bounded[at] = all ? 0 : cells.seen & cells.indexed;
             }
         }
+        const uint32_t drops = drops_some ? static_cast<uint32_t>(cells.seen >> (8 * byte)) & 0xffu & ~keep : 0u;
+        float weight[n_most] = {};
+        if (__any_sync(~0u, drops != 0)) {
+            // The last bin, which nothing is dropped of, stands for what is not dropped.
+            const uint32_t kept_bytes[2] = {~as_bytes(drops), ~as_bytes(drops >> 4)};
+            longest = drops != 0 ? fmaxf(longest, cells.longest) : longest;
+#pragma unroll
+            for (int i = 0; i < n_most; ++i) {
+                const float most =
+                    edges(drop.edge, cells.bins[i].x | kept_bytes[0]) + edges(drop.edge, cells.bins[i].y | kept_bytes[1]);
+                dropped[i] += most;
+                // The slack's middle, where the score most likely is.
+                weight[i] = drops != 0 && p.compensate ? most * (kMeanOfBin * exp2_fast(-cells.slack[i])) : 0.0f;
+            }
+#pragma unroll
+            for (int bit = 1; bit < 8; bit *= 2) {
+#pragma unroll
+                for (int i = 0; i < n_most; ++i) {
+                    weight[i] += __shfl_xor_sync(~0u, weight[i], bit);
+                }
+            }
+        }
+        if (drops_some && byte == 0 && first + lane / 8 < end) {
+            float * to = p.weights + (static_cast<int64_t>(group) * p.n_blocks + block) * kMaxShared;
+#pragma unroll
+            for (int i = 0; i < n_most; i += 4) {
+                *reinterpret_cast<float4 *>(to + i) = make_float4(weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
+            }
+#pragma unroll
+            for (int i = 0; i < n_most; ++i) {
+                compensation[i] += weight[i];
+            }
+        }
         const int found = __popc(keep);
         int at = n + exclusive_sum(found);
 #pragma unroll
@@ -148,6 +190,7 @@ __device__ __forceinline__ void select_share(const Problem & p, int group, const
     if (lane == 0) {
         survivors.before[warp + 1] = n;
     }
+    drop.note(dropped, compensation, longest);
     __syncthreads();
     if (warp == 0) {
         static_assert(n_warps <= 32);
