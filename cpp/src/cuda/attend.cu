@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     bool is_sound = true;
     if (scans) {
         auto & ring = reinterpret_cast<typename Scan::Ring *>(memory + Scan::kScratch)[warp];
-        is_sound = scan_share<n_tiles>(p, group, own, query, s.queries, scan, ring, begun);
+        is_sound = scan_share<type, n_tiles>(p, group, own, query, s.queries, scan, ring, begun);
     } else {
         query.store(s.queries);
     }

@@ -126,7 +126,7 @@ class Workspace {
     // Encodes what is complete by the mask last seen.
     void repair(const CacheIndex & index, const AttentionOp & op, void * stream);
 
-    // The scan alone, to be timed.
+    // The scan alone, to be timed; of a float16 cache.
     void scan(const CacheIndex & index, const AttentionOp & op, void * stream);
 
     // Whether the device has the shared memory that the op's kernels want. Room has been made for the op.

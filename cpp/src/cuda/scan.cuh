@@ -91,7 +91,7 @@ template <int n_channels> struct LoadedQuery {
 // the probes are known to weigh. Returns the lane's norms and references, of the queries z * kQuad + lane / 8. False: something is
 // not finite or too large, so that nothing is decided here. What begins the stream of codes is called once the few rows that are
 // needed first are here.
-template <int n_most, int n_channels, int n_warps, class Stream>
+template <DType type, int n_most, int n_channels, int n_warps, class Stream>
 __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const LoadedQuery<n_channels> & query,
                                            Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
                                            float (&norm)[n_most / kQuad], float (&reference)[n_most / kQuad],
@@ -110,21 +110,19 @@ __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const L
         cell[k] = sight.probes[min(k * n_warps + warp, kProbes - 1)];
     }
     query.store(queries);
-    float keys[kOwn][8] = {};
-    with_type(p.keys.type, [&]<DType type>() {
-        Eight<type> rows[kOwn];
+    float keys[kOwn][8];
+    Eight<type> rows[kOwn];
 #pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
-            rows[k].clear();
-            if (k * n_warps + warp < n_probes && lane * 8 < dim) {
-                rows[k].load(p.keys.row(p.first_row(group) + cell[k], p.kv_head_of(group)), lane * 8);
-            }
+    for (int k = 0; k < kOwn; ++k) {
+        rows[k].clear();
+        if (k * n_warps + warp < n_probes && lane * 8 < dim) {
+            rows[k].load(p.keys.row(p.first_row(group) + cell[k], p.kv_head_of(group)), lane * 8);
         }
+    }
 #pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
-            rows[k].widen(keys[k]);
-        }
-    });
+    for (int k = 0; k < kOwn; ++k) {
+        rows[k].widen(keys[k]);
+    }
     stream();
     for (int b = static_cast<int>(threadIdx.x); b < n_most * kBins; b += n_warps * 32) {
         s.histogram[b / kBins][b % kBins] = 0;
@@ -381,10 +379,10 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
     return to;
 }
 
-// The scan of a share by a whole thread block. False in all threads: something
+// The scan of a share by a whole thread block; type: of the keys that are probed. False in all threads: something
 // was not finite; `begun` says whether it was so from the beginning, for all thread blocks of the group. Leaves in shared memory
 // the histograms and the mass.
-template <int n_tiles, class Ring, int n_most, int n_channels, int n_warps>
+template <DType type, int n_tiles, class Ring, int n_most, int n_channels, int n_warps>
 __device__ __forceinline__ bool scan_share(const Problem & p, int group, const OwnBlocks & own,
                                            const LoadedQuery<n_channels> & loaded,
                                            Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
@@ -425,7 +423,7 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
     float query[n_quad][n_tiles][4];
     float norm[n_quad];
     float reference[n_quad];
-    begun = begin_scan<n_most, n_channels, n_warps>(p, group, loaded, queries, s, norm, reference, stream);
+    begun = begin_scan<type, n_most, n_channels, n_warps>(p, group, loaded, queries, s, norm, reference, stream);
     if (!begun) {
         if (cells != 0) {  // nothing may arrive once the thread block goes on
             stage.grid_here.wait(0);
