@@ -50,6 +50,55 @@ template <class Worker, int n_channels, int n_most> struct Regions {
     static constexpr size_t kEnd = kAdded + kDropWarps * kOutput;
 };
 
+// A group and its shares.
+struct GroupShares {
+    int group;
+    int first;
+    int n;
+};
+
+// Of a share. A group has as many as its part of all the bytes that the last step would have read: of the index, if it is scanned, and
+// of what was attended. So thread blocks of heads that attend to much have less of it each. The same in all threads.
+__device__ __forceinline__ GroupShares find_group(const Problem & p, int share) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (p.attended == nullptr) {
+        const int even = p.n_share / p.n_group;
+        const int longer = p.n_share % p.n_group;
+        const int group = share < longer * (even + 1) ? share / (even + 1) : longer + (share - longer * (even + 1)) / even;
+        return {group, group * even + min(group, longer), group < longer ? even + 1 : even};
+    }
+    // In units of a block's index; attention to as many cells costs 4 times that.
+    const auto cost_of = [&](int group) {
+        if (group >= p.n_group) {
+            return 0;
+        }
+        const int64_t of = p.head_part_of(group);
+        return (p.without_scan[of] == 0 ? p.n_blocks : 0) + p.attended[of] / (kBlockCells / 4) + 1;
+    };
+    int total = 0;
+    for (int first = 0; first < p.n_group; first += 32) {
+        total += cost_of(first + lane);
+    }
+    total = __reduce_add_sync(~0u, total);
+    const int n_free = p.n_share - p.n_group;  // every group has one share, and its part of the others
+    const float scale = static_cast<float>(n_free) / static_cast<float>(total);
+    const auto place_of = [&](int sum) { return min(static_cast<int>(static_cast<float>(sum) * scale), n_free); };
+    int before = 0;
+    for (int first = 0;; first += 32) {
+        const int group = first + lane;
+        const int cost = cost_of(group);
+        const int below = before + exclusive_sum(cost);
+        const int begin = group + place_of(below);
+        const int end = group + 1 + (group + 1 >= p.n_group ? n_free : place_of(below + cost));
+        const unsigned own = __ballot_sync(~0u, group < p.n_group && begin <= share && share < end);
+        if (own != 0) {
+            const int from = __ffs(static_cast<int>(own)) - 1;
+            return {first + from, __shfl_sync(~0u, begin, from), __shfl_sync(~0u, end - begin, from)};
+        }
+        before += __reduce_add_sync(~0u, cost);
+    }
+}
+
 // What the warps found, as one share of the group, with what is added for the dropped cells.
 template <class Worker, int n_channels, int n_most>
 __device__ __forceinline__ void write_share(const Problem & p, int share, int n_query, const Shared<Worker, n_channels, n_most> & s,
@@ -100,17 +149,17 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     memory += kSharedBytes<Worker, n_channels, n_most>;
     float * regions = reinterpret_cast<float *>(memory);
     using Memory = Regions<Worker, n_channels, n_most>;
-    const int group = static_cast<int>(blockIdx.y);
-    const int first_share = group * p.n_share;
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
+    const GroupShares shares = find_group(p, static_cast<int>(blockIdx.x));
+    const int group = shares.group;
     const int n_query = p.n_query_of(group);
     const int row = p.row_of_group(group);
     const bool is_plain = p.sight[row].plain != 0;
     const bool asked = p.attend_all[group] != 0;
     const bool scans = p.epsilon > 0 && is_plain && !asked && !(p.spares_uniform && *p.uniform_of(group) > 0);
-    int share = static_cast<int>(blockIdx.x);
-    OwnBlocks own(p, share, p.n_share);
+    int share = static_cast<int>(blockIdx.x) - shares.first;
+    OwnBlocks own(p, share, shares.n);
     s.drop.fill_edges();
     const LoadedQuery<n_channels> query(p, group);
     using Scan = ScanMemory<Worker, n_tiles, n_most>;
@@ -126,7 +175,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     bool met = asked || (p.epsilon > 0 && !is_plain) || (scans && !begun);
     const bool failed = begun && !is_sound;  // this share: its last thread block will attend to all of the group
     if (begun && warp < n_query) {
-        const float least = least_mass(scan, warp, p.n_share);
+        const float least = least_mass(scan, warp, shares.n);
         const int threshold = mass_threshold(scan.histogram[warp], s.drop.edge, p.epsilon * least);
         if (thread % 32 == 0) {
             s.threshold[warp] = threshold;
@@ -150,9 +199,12 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
                 s.n_scanned += scan.scanned[w];
             }
         }
-        const int even = p.n_blocks / p.n_share;
-        const int before = share * even + min(share, p.n_blocks % p.n_share);  // blocks of other shares
-        s.survivors.list = p.survivors + (static_cast<int64_t>(group) * p.n_blocks + before) * kBlockCells;
+        if (share == 0) {
+            p.shares[2 * group] = shares.first;
+            p.shares[2 * group + 1] = shares.n;
+        }
+        s.survivors.list =
+            p.survivors + (static_cast<int64_t>(group) * p.n_blocks + p.share_begin(share, shares.n)) * kBlockCells;
         s.survivors.n_own = own.n;
     }
     __syncthreads();
@@ -177,7 +229,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
                                           regions + Memory::kAdded + worker * Memory::kOutput);
         }
         __syncthreads();
-        write_share<Worker, n_channels, n_most>(p, first_share + share, n_query, s, regions);
+        write_share<Worker, n_channels, n_most>(p, shares.first + share, n_query, s, regions);
         __syncthreads();
         if (whole) {
             break;
@@ -186,7 +238,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
             constexpr int kFailed = 1 << 16;
             __threadfence();
             const int before = atomicAdd(&p.arrived[group], 1 + (failed ? kFailed : 0));
-            s.is_last = before % kFailed == p.n_share - 1;
+            s.is_last = before % kFailed == shares.n - 1;
             s.n_failed = before / kFailed + (failed ? 1 : 0);
             if (s.is_last) {
                 p.arrived[group] = 0;
@@ -218,7 +270,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     }
     const bool is_alone = p.groups_of_pair() == 1;
     const int pending = thread == 0 && is_alone ? __ldcg(p.n_pending + p.pair_of(group)) : 0;  // arrives meanwhile
-    combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, group, first_share, s.n_failed > 0 ? 1 : p.n_share, met ? 1 : 0,
+    combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, group, shares.first, s.n_failed > 0 ? 1 : shares.n, met ? 1 : 0,
                                                             s.reference, s.combine, regions);
     if (thread == 0) {
         s.is_last = true;
@@ -238,7 +290,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     if (!s.is_last) {
         return;
     }
-    note_uniform(p, group);
+    note_attended(p, group);
     if (s.n_pending > 0 && thread < kEncodeThreads) {
         encode_pending<type>(p, group, s.n_pending, *reinterpret_cast<EncodeShared *>(memory));
     }
@@ -248,7 +300,7 @@ template <class Worker, int n_channels, int n_tiles, int n_most> size_t bytes_of
     static_assert(kAttendThreads<Worker> >= kEncodeThreads);
     return kSharedBytes<Worker, n_channels, n_most> +
            std::max({ScanMemory<Worker, n_tiles, n_most>::kBytes, Regions<Worker, n_channels, n_most>::kEnd * sizeof(float),
-                     static_cast<size_t>(n_most * p.n_share) * sizeof(float), sizeof(EncodeShared)});
+                     static_cast<size_t>(n_most * (p.n_share - p.n_group + 1)) * sizeof(float), sizeof(EncodeShared)});
 }
 
 // f.template operator()<Worker, type, n_channels, n_tiles, n_most>(), whose bytes of shared memory the device has if there is such
@@ -287,7 +339,7 @@ template <class F> void with_worker(const Problem & p, F && f) {
 }  // namespace
 
 void launch_attend(const Problem & p, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(p.n_share), static_cast<unsigned>(p.n_group));
+    const dim3 grid(static_cast<unsigned>(p.n_share));
     with_worker(p, [&]<class Worker, DType type, int n_channels, int n_tiles, int n_most>() {
         launch_kernel(attend<Worker, type, n_channels, n_tiles, n_most>,
                       {grid, kAttendThreads<Worker>, bytes_of<Worker, n_channels, n_tiles, n_most>(p)}, stream, p);

@@ -55,6 +55,7 @@ struct CacheIndex::Storage {
     Memory memory;
     int32_t * queued = nullptr;
     uint8_t * without_scan = nullptr;
+    int32_t * attended = nullptr;
     HeadCertificate * certificates = nullptr;
     Totals * totals = nullptr;
     int64_t n_certificates = 0;
@@ -84,6 +85,7 @@ CacheIndex::CacheIndex(int device, const Plane & keys, const Plane & values, int
         planes_.not_finite = parts.take<uint64_t>(slots);
         storage_->queued = parts.take<int32_t>(slots);
         storage_->without_scan = parts.take<uint8_t>(static_cast<size_t>(n_stream) * static_cast<size_t>(n_head_kv * n_gqa));
+        storage_->attended = parts.take<int32_t>(static_cast<size_t>(n_stream) * static_cast<size_t>(n_head_kv * n_gqa));
         storage_->n_certificates = static_cast<int64_t>(kMaxRows) * n_head_kv * n_gqa;
         storage_->certificates = parts.take<HeadCertificate>(static_cast<size_t>(storage_->n_certificates));
         storage_->totals = parts.take<Totals>(1);
@@ -249,7 +251,7 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     const size_t g = static_cast<size_t>(room.n_group);
     const size_t blocks = static_cast<size_t>(room.n_blocks);
     const size_t cells = blocks * kBlockCells;
-    const size_t shares = static_cast<size_t>(kMostRounds * n_processors_) + g;  // of all groups together
+    const size_t shares = static_cast<size_t>(n_processors_) + g * kMostRounds;  // of all groups together
     const size_t bytes = q * (64 + cells + blocks * 4) + g * (64 + cells * 4 + blocks * (16 + 4 * kMaxShared)) +
                          shares * (16 + kMaxShared * (static_cast<size_t>(room.value_dim) * 4 + sizeof(ShareHead))) +
                          static_cast<size_t>(room.n_slot) * 4 +
@@ -318,7 +320,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const size_t q = static_cast<size_t>(p.n_group) * static_cast<size_t>(p.n_shared);
     const size_t g = static_cast<size_t>(p.n_group);
     const size_t blocks = static_cast<size_t>(p.n_blocks);
-    const size_t shares = g * static_cast<size_t>(p.n_share);
+    const size_t shares = static_cast<size_t>(p.n_share);
     const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(p.values.dim);
     p.pending = parts.take<int32_t>(static_cast<size_t>(s.room.n_slot));
@@ -329,6 +331,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.bounded = parts.take<uint64_t>(g * blocks);
+    p.shares = parts.take<int32_t>(2 * g);
     p.counts = parts.take<ShareCounts>(shares);
     p.of_share = parts.take<ShareHead>(shares * n_shared);
     p.part = parts.take<float>(shares * n_shared * value_dim);
@@ -337,6 +340,7 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
                     std::to_string(parts.bytes()) + " bytes)");
     }
     p.queued = index.storage_->queued;
+    p.attended = p.spares_uniform ? index.storage_->attended : nullptr;
     p.without_scan = index.storage_->without_scan;
     p.certificates = index.storage_->certificates;
     p.totals = index.storage_->totals;

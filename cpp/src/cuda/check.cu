@@ -18,8 +18,8 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int query = group * p.n_shared + i;
     int threshold = kAttendAll;
-    for (int share = 0; share < p.n_share; ++share) {
-        threshold = max(threshold, p.of_share[static_cast<int64_t>(group * p.n_share + share) * p.n_shared + i].threshold);
+    for (int share = 0; share < p.shares[2 * group + 1]; ++share) {
+        threshold = max(threshold, p.of_share[static_cast<int64_t>(p.shares[2 * group] + share) * p.n_shared + i].threshold);
     }
     const bool all = threshold == kAttendAll;
     const float reference = all ? 0.0f : p.reference[query];

@@ -24,24 +24,9 @@ __device__ __forceinline__ ShareHead share_head(const Problem & p, int share, in
     return head;
 }
 
-// What the shares of a query found, all together: sums of float32, which kWeightError covers for up to 100 shares to a lane.
-struct AllShares {
-    float kept;          // mass, in the unit 2^peak, as the next
-    float compensation;  // and what the outputs have with it
-    float added;         // the same, relative to the reference, as the rest
-    float dropped;       // upper bound
-    float least;         // lower bound on the whole mass
-    int threshold;       // the highest; kAttendAll where all of them attended to all
-
-    // No visible cell: 0, as stock.
-    __device__ __forceinline__ float inverse() const {
-        const float mass = kept + compensation;
-        return mass > 0 || isnan(mass) ? 1.0f / mass : 0.0f;
-    }
-};
-
-// By a warp, the same in all lanes; and by what the shares [first, first + n) of query i count: factors [n].
-__device__ __forceinline__ AllShares add_shares(const Problem & p, int first, int n, int i, float * factors) {
+// The mass of the shares [first, first + n), with what is added, in the unit 2^peak of the largest. By a warp, the same in all lanes;
+// and by what the shares of query i count: factors [n].
+__device__ __forceinline__ float add_masses(const Problem & p, int first, int n, int i, float * factors) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     ShareHead head = share_head(p, first + min(lane, n - 1), i);
     float peak = head.peak;
@@ -50,8 +35,8 @@ __device__ __forceinline__ AllShares add_shares(const Problem & p, int first, in
         peak = fmaxf(peak, share_head(p, first + share, i).peak);
     }
     peak = largest_of_warp(peak);
-    float sums[4] = {};
-    int threshold = kAttendAll;
+    const float unit = exp2_fast(-peak);
+    float mass = 0;
 #pragma unroll 1
     for (int share = lane; share < n; share += 32) {
         if (share > lane) {
@@ -59,23 +44,49 @@ __device__ __forceinline__ AllShares add_shares(const Problem & p, int first, in
         }
         // Without a peak a share is either nothing or NaN.
         const float factor = head.peak != -infinity() ? exp2_fast(head.peak - peak) : 0.0f;
-        sums[0] += head.peak != -infinity() ? head.kept * factor : head.kept;
-        sums[1] += head.compensation;
-        sums[2] += head.dropped;
-        sums[3] += head.least;
-        threshold = max(threshold, head.threshold);
+        mass += head.peak != -infinity() ? head.kept * factor : head.kept;
+        mass += head.compensation > 0 ? head.compensation * unit : 0.0f;
         factors[share] = factor;
     }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {  // side by side
-#pragma unroll
-        for (float & sum : sums) {
-            sum += __shfl_xor_sync(~0u, sum, step);
-        }
-    }
-    return {sums[0], sums[1] > 0 ? sums[1] * exp2_fast(-peak) : 0.0f, sums[1], sums[2], sums[3],
-            __reduce_max_sync(~0u, threshold)};
+    return sum_of_warp(mass);
 }
+
+// What the shares know of a query, relative to its reference: sums of float32, which kWeightError covers for up to 100 shares to a
+// lane.
+struct AllShares {
+    float added = 0;    // weight
+    float dropped = 0;  // upper bound
+    float least = 0;    // lower bound on the whole mass
+    float value_norm = 0;
+    int scanned = 0;
+    int attended = 0;
+    int threshold = kAttendAll;  // the highest; kAttendAll where all of them attended to all
+
+    // By a warp, the same in all lanes.
+    __device__ __forceinline__ void load(const Problem & p, int first, int n, int i) {
+#pragma unroll 1
+        for (int share = static_cast<int>(threadIdx.x) % 32; share < n; share += 32) {
+            const ShareHead head = share_head(p, first + share, i);
+            added += head.compensation;
+            dropped += head.dropped;
+            least += head.least;
+            threshold = max(threshold, head.threshold);
+            scanned += __ldcg(&p.counts[first + share].scanned);
+            attended += __ldcg(&p.counts[first + share].attended);
+            value_norm = fmaxf(value_norm, __ldcg(&p.counts[first + share].value_norm));
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {  // side by side
+            added += __shfl_xor_sync(~0u, added, step);
+            dropped += __shfl_xor_sync(~0u, dropped, step);
+            least += __shfl_xor_sync(~0u, least, step);
+            value_norm = fmaxf(value_norm, __shfl_xor_sync(~0u, value_norm, step));
+        }
+        scanned = __reduce_add_sync(~0u, scanned);
+        attended = __reduce_add_sync(~0u, attended);
+        threshold = __reduce_max_sync(~0u, threshold);
+    }
+};
 
 // The certificate, but for the output's norm. By a warp, the same in all lanes.
 struct Certified {
@@ -163,14 +174,15 @@ template <int n_most, int n_channels> struct CombineShared {
     float squares[n_most * n_channels / 32];   // of 32 channels of the output each
 };
 
-// By a whole thread block, once the shares [first, first + n) of the group are there. To each query a warp adds the shares up and
-// works the certificate out, another counts; the rest add the channels up, and where they are few, all do. references: [n_most].
+// By a whole thread block, once the shares [first, first + n) of the group are there. To each query a warp adds the shares up, another
+// works the certificate out; the rest add the channels up, and where they are few, all do. references: [n_most].
 // Scratch: factors [n_most][n].
 template <int n_channels, int n_most, int n_warps>
 __device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n, int met,
                                               const float * references, CombineShared<n_most, n_channels> & s,
                                               float * factors) {
-    constexpr int kWorkers = n_warps - n_most > n_warps / 2 ? n_warps - n_most : n_warps / 2;
+    constexpr int kCertifier = n_warps >= 2 * n_most ? n_most : 0;
+    constexpr int kWorkers = n_warps - 2 * n_most > n_warps / 2 ? n_warps - 2 * n_most : n_warps / 2;
     constexpr int kThreads = 32 * kWorkers;
     constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;      // channels to a thread
     constexpr int kAtOnce = kItems <= 2 ? 16 : kItems <= 16 ? 32 / kItems : 2;    // shares
@@ -180,14 +192,15 @@ __device__ __forceinline__ void combine_group(const Problem & p, int group, int 
     const int dim = p.values.dim;
     const int n_query = p.n_query_of(group);
     const bool leads = warp < n_query;
-    const int counted = n_warps - 1 - warp;  // query
+    const int certified_query = warp - kCertifier;
+    const bool certifies = certified_query >= 0 && certified_query < n_query;
     const bool works = warp >= n_warps - kWorkers;
     const auto number = [&](int item) { return static_cast<int>(threadIdx.x) - 32 * (n_warps - kWorkers) + item * kThreads; };
     const auto query_of = [&](int item) { return number(item) / n_channels; };
     const auto channel_of = [&](int item) { return number(item) % n_channels; };
     const auto is_there = [&](int item) { return works && query_of(item) < n_query; };  // the same in a warp
     const int stride = p.n_shared * dim;
-    AllShares all{};
+    AllShares all;
     float out[kItems] = {};
 #pragma unroll 1
     for (int begin = 0; begin < n; begin += kAtOnce) {
@@ -207,10 +220,14 @@ __device__ __forceinline__ void combine_group(const Problem & p, int group, int 
         }
         if (begin == 0) {  // while the first are on their way
             if (leads) {
-                all = add_shares(p, first, n, warp, factors + warp * n);
+                const float mass = add_masses(p, first, n, warp, factors + warp * n);
                 if (lane == 0) {
-                    s.inverse[warp] = all.inverse();
+                    // No visible cell: 0, as stock.
+                    s.inverse[warp] = mass > 0 || isnan(mass) ? 1.0f / mass : 0.0f;
                 }
+            }
+            if (certifies) {
+                all.load(p, first, n, certified_query);
             }
             __syncthreads();
         }
@@ -242,38 +259,20 @@ __device__ __forceinline__ void combine_group(const Problem & p, int group, int 
         }
     }
     Certified certified;
-    float value_norm = 0;
-    if (leads) {
-        certified.work_out(p, all, references[warp]);
-        for (int share = lane; share < n; share += 32) {
-            value_norm = fmaxf(value_norm, __ldcg(&p.counts[first + share].value_norm));
-        }
-        value_norm = largest_of_warp(value_norm);
-    }
-    if (counted < n_query) {
-        int scanned = 0;
-        int attended = 0;
-        bool pruned = false;
-        for (int share = lane; share < n; share += 32) {
-            scanned += __ldcg(&p.counts[first + share].scanned);
-            attended += __ldcg(&p.counts[first + share].attended);
-            pruned = pruned || share_head(p, first + share, counted).threshold != kAttendAll;
-        }
-        scanned = __reduce_add_sync(~0u, scanned);
-        attended = __reduce_add_sync(~0u, attended);
-        pruned = __any_sync(~0u, pruned);
+    if (certifies) {
+        certified.work_out(p, all, references[certified_query]);
         if (lane == 0) {
-            count_query(p, group, counted, scanned, attended, !pruned, met);
+            count_query(p, group, certified_query, all.scanned, all.attended, all.threshold == kAttendAll, met);
         }
     }
     __syncthreads();
-    if (leads && lane == 0) {
+    if (certifies && lane == 0) {
         float squared = 0;
 #pragma unroll
         for (int k = 0; k < n_channels / 32; ++k) {
-            squared += s.squares[warp * (n_channels / 32) + k];
+            squared += s.squares[certified_query * (n_channels / 32) + k];
         }
-        write_certificate(p, group, warp, certified, value_norm, squared);
+        write_certificate(p, group, certified_query, certified, all.value_norm, squared);
     }
 }
 

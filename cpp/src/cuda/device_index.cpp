@@ -187,7 +187,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const size_t n_head = static_cast<size_t>(p.n_head);
     const size_t blocks = static_cast<size_t>(p.n_blocks);
     const size_t slots = static_cast<size_t>(p.n_head_kv) * blocks;
-    const size_t shares = g * static_cast<size_t>(p.n_share);
+    const size_t shares = static_cast<size_t>(p.n_share);
     const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(values.dim);
     const bool attends = values.dim > 0;
@@ -217,6 +217,7 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         p.weights = parts.take<float>(g * blocks * kMaxShared);
         p.kept = parts.take<uint64_t>(g * blocks);
         p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
+        p.shares = parts.take<int32_t>(2 * g);
         p.counts = parts.take<ShareCounts>(shares);
         p.of_share = parts.take<ShareHead>(shares * n_shared);
         p.part = parts.take<float>(shares * n_shared * value_dim);

@@ -84,7 +84,7 @@ __device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
 template <int n_most, int n_channels>
 __device__ __forceinline__ void add_means(const Problem & p, int group, const OwnBlocks & own, int n, int worker, float * sums) {
     constexpr int kWords = n_channels / 64;  // of 2 channels, to a lane
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = n_most * kWords <= 8 ? 8 : 4;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int channel = min(lane * 2 * kWords, p.planes.value_dim - 2 * kWords);
     const int64_t first_slot = p.slot_of(group, 0);

@@ -30,7 +30,7 @@ inline constexpr int kMostBlockBits = 20;
 
 inline constexpr int kAttendAll = -1;
 
-// Of thread blocks that a processor takes one after another, where there are fewer groups than processors.
+// Shares of a group, where there are more groups than processors.
 inline constexpr int kMostRounds = 4;
 
 inline constexpr int kProbesFirst = 4;
@@ -171,9 +171,9 @@ struct Problem {
     const uint64_t * visible;
     int64_t visible_stride;
 
-    // Scratch. A share is what a thread block has of a group: every n_share-th block of cells. They are numbered group * n_share
-    // + share.
-    int n_share;
+    // Scratch. A share is what a thread block has of a group: every n-th of its blocks of cells, of which it has one at least.
+    int n_share;            // of all groups together
+    int32_t * shares;       // [n_group][2] the first of a group's, and how many it has
     float * reference;      // [n_group][n_shared] log2 units
     uint8_t * bins;         // [n_group][n_shared][n_blocks][64]
     float * slack;          // [n_group][n_shared][n_blocks]
@@ -197,6 +197,7 @@ struct Problem {
 
     // Per cache.
     uint8_t * without_scan;          // [n_stream][n_head_kv][n_part] steps without a scan that are left to a uniform head
+    int32_t * attended;              // [n_stream][n_head_kv][n_part] cells, in the last step. Null: all groups have equal shares
     HeadCertificate * certificates;  // [n_stream * n_token][n_head]
     Totals * totals;
 
@@ -223,24 +224,35 @@ struct Problem {
     }
     LOUVER_BOTH const uint64_t * visible_of(int group) const { return visible + row_of_group(group) * visible_stride; }
     // Whether the group runs without a scan, all of it attended.
-    LOUVER_BOTH uint8_t * uniform_of(int group) const {
-        return without_scan + (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
+    LOUVER_BOTH uint8_t * uniform_of(int group) const { return without_scan + head_part_of(group); }
+    // Of a stream's KV head, the part that the group has.
+    LOUVER_BOTH int64_t head_part_of(int group) const {
+        return (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
+    }
+    // Blocks that lie before those of a group's share, of n, if they are put share by share.
+    LOUVER_BOTH int share_begin(int share, int n) const {
+        const int longer = n_blocks % n;
+        return share * (n_blocks / n) + (share < longer ? share : longer);
     }
     // Of a KV head of a stream, among those of the op.
     LOUVER_BOTH int pair_of(int group) const { return row_of_group(group) / n_token * n_head_kv.value + kv_head_of(group); }
     LOUVER_BOTH int groups_of_pair() const { return n_token.value * n_part.value; }
 
-    // A grid that fills a device of so many processors evenly, a thread block to each, if there is as much to do: the fewest
-    // rounds for the work of one.
+    // As many shares as a device has processors, if there is as much to do; of more groups than those, the number that takes
+    // the fewest rounds for the work of one.
     void share_out(int n_processors) {
-        const int most = std::clamp((n_blocks + 7) / 8, 1, std::max(kMostRounds * n_processors / n_group, 1));
+        const int most = std::max((n_blocks + 7) / 8, 1);  // of a group
+        if (n_group <= n_processors) {
+            n_share = std::max(std::min(n_processors, most * n_group), n_group);
+            return;
+        }
         double least = 0;
-        for (int n = 1; n <= most; ++n) {
+        for (int n = 1; n <= std::min(most, kMostRounds); ++n) {
             const int rounds = (n_group * n + n_processors - 1) / n_processors;
             const double cost = rounds * (1.0 / n + 0.02);  // every round begins and ends
             if (n == 1 || cost < least) {
                 least = cost;
-                n_share = n;
+                n_share = n_group * n;
             }
         }
     }

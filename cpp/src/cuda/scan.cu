@@ -10,7 +10,7 @@ namespace {
 template <int n_tiles, int n_most> struct Scan {
     static constexpr int kWarps = n_tiles * n_most <= 16 ? 16 : 8;  // as the registers allow
     static constexpr int kChannels = 32 * n_tiles;
-    using Ring = Stage<n_tiles, 1>;
+    using Ring = Stage<n_tiles, n_tiles <= 4 ? 2 : 1>;
     Queries<n_most, kChannels> queries;
     ScanShared<n_most, kWarps> scratch;
     alignas(16) Ring rings[kWarps];
@@ -23,7 +23,7 @@ template <int n_tiles, int n_most> __global__ void __launch_bounds__(Scan<n_tile
     const int group = static_cast<int>(blockIdx.y);
     const LoadedQuery<Layout::kChannels> query(p, group);
     bool begun;
-    const OwnBlocks own(p, static_cast<int>(blockIdx.x), p.n_share);
+    const OwnBlocks own(p, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
     if (!scan_share<DType::f16, n_tiles>(p, group, own, query, s.queries, s.scratch, s.rings[threadIdx.x / 32], begun) && threadIdx.x == 0) {
         p.attend_all[group] = 1;
     }
@@ -45,7 +45,7 @@ template <class F> void with_tiles(const Problem & p, F && f) {
 }  // namespace
 
 void launch_scan(const Problem & p, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(p.n_share), static_cast<unsigned>(p.n_group));
+    const dim3 grid(static_cast<unsigned>(p.n_share / p.n_group), static_cast<unsigned>(p.n_group));
     with_tiles(p, [&]<int n_tiles, int n_most>() {
         using Layout = Scan<n_tiles, n_most>;
         launch_kernel(scan<n_tiles, n_most>, {grid, Layout::kWarps * 32, sizeof(Layout)}, stream, p);

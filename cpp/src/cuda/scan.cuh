@@ -92,7 +92,7 @@ template <int n_channels> struct LoadedQuery {
 // not finite or too large, so that nothing is decided here. What begins the stream of codes is called once the few rows that are
 // needed first are here.
 template <DType type, int n_most, int n_channels, int n_warps, class Stream>
-__device__ __forceinline__ bool begin_scan(const Problem & p, int group, const LoadedQuery<n_channels> & query,
+__device__ __forceinline__ bool begin_scan(const Problem & p, int group, const LoadedQuery<n_channels> & loaded,
                                            Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
                                            float (&norm)[n_most / kQuad], float (&reference)[n_most / kQuad],
                                            const Stream & stream) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const L
     for (int k = 0; k < kOwn; ++k) {
         cell[k] = sight.probes[min(k * n_warps + warp, kProbes - 1)];
     }
-    query.store(queries);
+    loaded.store(queries);
     float keys[kOwn][8];
     Eight<type> rows[kOwn];
 #pragma unroll
