@@ -32,7 +32,8 @@ constexpr const char * kHelp =
     "  --steps N         tokens to a measurement and for the quality (32)\n"
     "  --rounds N        measurements of each contender, in turn (5)\n"
     "  --logits FILE     stock's logits: written if the file does not exist, else the reference of the quality\n"
-    "  --no-layers       the whole model only\n";
+    "  --no-layers       the whole model only\n"
+    "  --check           the quality alone, with every step compared with brute force\n";
 
 Options parse(int argc, char ** argv) {
     Options options;
@@ -49,6 +50,10 @@ Options parse(int argc, char ** argv) {
         }
         if (name == "--no-layers") {
             options.layers = false;
+            continue;
+        }
+        if (name == "--check") {
+            options.check = true;
             continue;
         }
         if (i + 1 == argc) {
@@ -144,7 +149,8 @@ void measure_layers(ModelRun & model, const std::vector<CapturedOp> & ops, int64
 
 void print_phases(const Phases & phases, int64_t n_kv, double copy) {
     std::printf(
-        "our kernels alone, %lld keys: %.1f us a layer; its scan, as a kernel of its own, %.1f us for %.1f MB, %.0f %% of the copy "
+        "our kernels alone, %lld keys: %.1f us a layer; its scan, as a kernel of its own, %.1f us for %.1f MB, %.0f %% of the "
+        "copy "
         "bandwidth of %.0f GB/s; survivors %.2f %%; index %.1f %% of the cache, built in %.0f us\n",
         static_cast<long long>(n_kv), phases.step_microseconds, phases.scan_microseconds, phases.scan_bytes * 1e-6,
         100 * phases.scan_bytes / (phases.scan_microseconds * 1e-6) / copy, copy * 1e-9, 100 * phases.survivors,
@@ -263,6 +269,12 @@ void measure_quality(ModelRun & model, const Options & options) {
             100.0 * static_cast<double>(stats.index_bytes) / std::max<double>(1, static_cast<double>(stats.cache_bytes)));
     }
     std::printf("\n");
+    if (options.check) {
+        std::printf(
+            "check: %lld (key, query head) pairs, %lld missed, %lld above their bound, %lld heads dropped more than they say\n",
+            static_cast<long long>(stats.checked.pairs), static_cast<long long>(stats.checked.misses),
+            static_cast<long long>(stats.checked.bound_violations), static_cast<long long>(stats.checked.mass_violations));
+    }
     std::fflush(stdout);
 }
 
@@ -290,6 +302,9 @@ void run(const Options & options) {
     model.step(0);  // makes what is not indexed yet
     model.rewind();
     measure_quality(model, options);
+    if (options.check) {
+        return;
+    }
     measure_model(model, options);
     if (options.layers) {
         model.enable(false);

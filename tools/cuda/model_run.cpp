@@ -16,6 +16,7 @@ constexpr int kRoom = 512;  // for steps behind the depth
 RuntimeConfig first_config(const Options & options, int n_ctx) {
     RuntimeConfig config;
     config.decode.epsilon = options.epsilon;
+    config.decode.check = options.check;
     config.min_context_gpu = options.min_context;
     config.n_ctx = n_ctx;
     return config;

@@ -26,6 +26,7 @@ struct Options {
     int min_context = 0;  // LouverConfig::min_context_gpu; the layers are to be measured at any depth
     double epsilon = 0.05;
     bool layers = true;
+    bool check = false;
     int n_random = 0;  // layers of random keys, in place of a model
 };
 

@@ -1,6 +1,7 @@
-// Attention of a decode step, in one kernel. A group's blocks of cells are dealt out to the thread blocks of its shares; each scans its
-// own, drops what its part of epsilon allows, and attends to the rest, while other warps of it see to what is dropped. The last
-// thread block of a group to end puts the group together, and the last one of a KV head encodes what has become complete.
+// Attention of a decode step, in one kernel. A group's blocks of cells are dealt out to the thread blocks of its shares; each
+// scans its own, drops what its part of epsilon allows, and attends to the rest, while other warps of it see to what is dropped.
+// The last thread block of a group to end puts the group together, and the last one of a KV head encodes what has become
+// complete.
 #include "cuda/attend_rows.cuh"
 #include "cuda/attend_tiles.cuh"
 #include "cuda/combine.cuh"
@@ -26,7 +27,7 @@ template <class Worker, int n_channels, int n_most> struct Shared {
     Survivors<kAttendWarps<Worker>> survivors;
     CombineShared<n_most, n_channels> combine;
     int n_scanned;
-    int n_failed;    // shares of the group
+    int n_failed;  // shares of the group
     int n_pending;
     bool is_last;
     // Behind it, one after another: what the scan wants, Regions, floats [n_most][n_share], EncodeShared.
@@ -50,59 +51,10 @@ template <class Worker, int n_channels, int n_most> struct Regions {
     static constexpr size_t kEnd = kAdded + kDropWarps * kOutput;
 };
 
-// A group and its shares.
-struct GroupShares {
-    int group;
-    int first;
-    int n;
-};
-
-// Of a share. A group has as many as its part of all the bytes that the last step would have read: of the index, if it is scanned, and
-// of what was attended. So thread blocks of heads that attend to much have less of it each. The same in all threads.
-__device__ __forceinline__ GroupShares find_group(const Problem & p, int share) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (p.attended == nullptr) {
-        const int even = p.n_share / p.n_group;
-        const int longer = p.n_share % p.n_group;
-        const int group = share < longer * (even + 1) ? share / (even + 1) : longer + (share - longer * (even + 1)) / even;
-        return {group, group * even + min(group, longer), group < longer ? even + 1 : even};
-    }
-    // In units of a block's index; attention to as many cells costs 4 times that.
-    const auto cost_of = [&](int group) {
-        if (group >= p.n_group) {
-            return 0;
-        }
-        const int64_t of = p.head_part_of(group);
-        return (p.without_scan[of] == 0 ? p.n_blocks : 0) + p.attended[of] / (kBlockCells / 4) + 1;
-    };
-    int total = 0;
-    for (int first = 0; first < p.n_group; first += 32) {
-        total += cost_of(first + lane);
-    }
-    total = __reduce_add_sync(~0u, total);
-    const int n_free = p.n_share - p.n_group;  // every group has one share, and its part of the others
-    const float scale = static_cast<float>(n_free) / static_cast<float>(total);
-    const auto place_of = [&](int sum) { return min(static_cast<int>(static_cast<float>(sum) * scale), n_free); };
-    int before = 0;
-    for (int first = 0;; first += 32) {
-        const int group = first + lane;
-        const int cost = cost_of(group);
-        const int below = before + exclusive_sum(cost);
-        const int begin = group + place_of(below);
-        const int end = group + 1 + (group + 1 >= p.n_group ? n_free : place_of(below + cost));
-        const unsigned own = __ballot_sync(~0u, group < p.n_group && begin <= share && share < end);
-        if (own != 0) {
-            const int from = __ffs(static_cast<int>(own)) - 1;
-            return {first + from, __shfl_sync(~0u, begin, from), __shfl_sync(~0u, end - begin, from)};
-        }
-        before += __reduce_add_sync(~0u, cost);
-    }
-}
-
 // What the warps found, as one share of the group, with what is added for the dropped cells.
 template <class Worker, int n_channels, int n_most>
-__device__ __forceinline__ void write_share(const Problem & p, int share, int n_query, const Shared<Worker, n_channels, n_most> & s,
-                                            const float * regions) {
+__device__ __forceinline__ void write_share(const Problem & p, int share, int n_query,
+                                            const Shared<Worker, n_channels, n_most> & s, const float * regions) {
     using Memory = Regions<Worker, n_channels, n_most>;
     const int64_t number = static_cast<int64_t>(share) * p.n_shared;
     const int dim = p.values.dim;
@@ -134,7 +86,8 @@ __device__ __forceinline__ void write_share(const Problem & p, int share, int n_
             p.part[(number + i) * dim + c] = sum;
         }
         if (c == 0) {
-            p.of_share[number + i] = {peak, kept, s.drop.all_dropped[i], s.drop.all_compensation[i], s.least[i], s.threshold[i], {}};
+            p.of_share[number + i] = {peak,           kept, s.drop.all_dropped[i], s.drop.all_compensation[i], s.least[i],
+                                      s.threshold[i], {}};
         }
     }
     if (threadIdx.x == 0) {
@@ -151,7 +104,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     using Memory = Regions<Worker, n_channels, n_most>;
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
-    const GroupShares shares = find_group(p, static_cast<int>(blockIdx.x));
+    const GroupShares shares = p.shares_of(static_cast<int>(blockIdx.x));
     const int group = shares.group;
     const int n_query = p.n_query_of(group);
     const int row = p.row_of_group(group);
@@ -199,10 +152,6 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
                 s.n_scanned += scan.scanned[w];
             }
         }
-        if (share == 0) {
-            p.shares[2 * group] = shares.first;
-            p.shares[2 * group + 1] = shares.n;
-        }
         s.survivors.list =
             p.survivors + (static_cast<int64_t>(group) * p.n_blocks + p.share_begin(share, shares.n)) * kBlockCells;
         s.survivors.n_own = own.n;
@@ -214,13 +163,14 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
         select_share<n_most>(p, group, own, failed && !whole ? nullptr : s.threshold, s.survivors, s.drop);
         __syncthreads();
         if (warp < Worker::kWarps) {
-            const std::byte * mask = is_plain || p.mask.data == nullptr
-                                         ? nullptr
-                                         : p.mask.data + row % p.n_token * p.mask.token_stride + row / p.n_token * p.mask.stream_stride;
+            const std::byte * mask = is_plain || p.mask.data == nullptr ? nullptr
+                                                                        : p.mask.data + row % p.n_token * p.mask.token_stride +
+                                                                              row / p.n_token * p.mask.stream_stride;
             const int n = s.survivors.n();
             float * output = regions + warp * Memory::kStride;
             Worker worker(p, reinterpret_cast<std::byte *>(output));
-            worker.run(group, n * warp / Worker::kWarps, n * (warp + 1) / Worker::kWarps, mask, s.survivors, s.queries, s.reference);
+            worker.run(group, n * warp / Worker::kWarps, n * (warp + 1) / Worker::kWarps, mask, s.survivors, s.queries,
+                       s.reference);
             worker.end(s.head[warp], output, n_query);
         } else {
             const int worker = warp - Worker::kWarps;
@@ -236,13 +186,11 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
         }
         if (thread == 0) {
             constexpr int kFailed = 1 << 16;
-            __threadfence();
-            const int before = atomicAdd(&p.arrived[group], 1 + (failed ? kFailed : 0));
+            const int before = arrive(&p.arrived[group], 1 + (failed ? kFailed : 0));
             s.is_last = before % kFailed == shares.n - 1;
             s.n_failed = before / kFailed + (failed ? 1 : 0);
             if (s.is_last) {
                 p.arrived[group] = 0;
-                __threadfence();  // for all who meet here
             }
         }
         __syncthreads();
@@ -277,11 +225,9 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
         s.n_pending = pending;
         if (!is_alone) {
             int32_t & combined = p.combined[p.pair_of(group)];
-            __threadfence();
-            s.is_last = atomicAdd(&combined, 1) == p.groups_of_pair() - 1;
+            s.is_last = arrive(&combined, 1) == p.groups_of_pair() - 1;
             if (s.is_last) {
                 combined = 0;
-                __threadfence();
                 s.n_pending = __ldcg(p.n_pending + p.pair_of(group));
             }
         }
@@ -290,7 +236,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     if (!s.is_last) {
         return;
     }
-    note_attended(p, group);
+    note_uniform(p, group);
     if (s.n_pending > 0 && thread < kEncodeThreads) {
         encode_pending<type>(p, group, s.n_pending, *reinterpret_cast<EncodeShared *>(memory));
     }
@@ -300,11 +246,11 @@ template <class Worker, int n_channels, int n_tiles, int n_most> size_t bytes_of
     static_assert(kAttendThreads<Worker> >= kEncodeThreads);
     return kSharedBytes<Worker, n_channels, n_most> +
            std::max({ScanMemory<Worker, n_tiles, n_most>::kBytes, Regions<Worker, n_channels, n_most>::kEnd * sizeof(float),
-                     static_cast<size_t>(n_most * (p.n_share - p.n_group + 1)) * sizeof(float), sizeof(EncodeShared)});
+                     static_cast<size_t>(n_most * p.most_shares()) * sizeof(float), sizeof(EncodeShared)});
 }
 
-// f.template operator()<Worker, type, n_channels, n_tiles, n_most>(), whose bytes of shared memory the device has if there is such
-// a worker.
+// f.template operator()<Worker, type, n_channels, n_tiles, n_most>(), whose bytes of shared memory the device has if there is
+// such a worker.
 template <DType type, int n_channels, int n_tiles, class F> void with_worker(const Problem & p, F && f) {
     const auto with = [&]<int n_most>() {
         if constexpr (on_tensor_cores(type)) {

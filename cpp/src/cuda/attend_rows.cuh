@@ -64,9 +64,8 @@ template <DType type, int n_channels, int n_most> struct Rows {
     __device__ Rows(const Problem & problem, std::byte *) : p(problem) {}
 
     // The survivors [begin, end); references: [n_most], of the scores.
-    template <class PlaceOf>
-    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
-                        const Queries<n_most, n_channels> & queries, const float * references) {
+    template <class PlaceOf> __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
+                                                 const Queries<n_most, n_channels> & queries, const float * references) {
         const int64_t first_row = p.first_row(group);
         const int kv_head = p.kv_head_of(group);
 #pragma unroll

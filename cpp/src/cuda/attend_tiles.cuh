@@ -54,7 +54,8 @@ template <DType type> __device__ __forceinline__ uint32_t part_of(float a, float
     return part;
 }
 
-// n_most: queries to a group, 4 or 8; n_keys: to a chunk; n_warps: of a thread block that work; is_roomy: shared memory is not short.
+// n_most: queries to a group, 4 or 8; n_keys: to a chunk; n_warps: of a thread block that work; is_roomy: shared memory is not
+// short.
 template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool is_roomy> struct Tiles {
     static constexpr bool kRoomy = is_roomy;
     static constexpr int kKeys = n_keys;
@@ -165,11 +166,10 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool 
         }
     }
 
-    // The survivors [begin, end); place_of says where in global memory the number of a survivor's cell is. references: [n_most], of
-    // the scores.
-    template <class PlaceOf>
-    __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
-                        const Queries<n_most, n_channels> & queries, const float * references) {
+    // The survivors [begin, end); place_of says where in global memory the number of a survivor's cell is. references: [n_most],
+    // of the scores.
+    template <class PlaceOf> __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
+                                                 const Queries<n_most, n_channels> & queries, const float * references) {
         if (begin >= end) {
             return;
         }

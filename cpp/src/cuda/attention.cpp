@@ -55,7 +55,6 @@ struct CacheIndex::Storage {
     Memory memory;
     int32_t * queued = nullptr;
     uint8_t * without_scan = nullptr;
-    int32_t * attended = nullptr;
     HeadCertificate * certificates = nullptr;
     Totals * totals = nullptr;
     int64_t n_certificates = 0;
@@ -85,7 +84,6 @@ CacheIndex::CacheIndex(int device, const Plane & keys, const Plane & values, int
         planes_.not_finite = parts.take<uint64_t>(slots);
         storage_->queued = parts.take<int32_t>(slots);
         storage_->without_scan = parts.take<uint8_t>(static_cast<size_t>(n_stream) * static_cast<size_t>(n_head_kv * n_gqa));
-        storage_->attended = parts.take<int32_t>(static_cast<size_t>(n_stream) * static_cast<size_t>(n_head_kv * n_gqa));
         storage_->n_certificates = static_cast<int64_t>(kMaxRows) * n_head_kv * n_gqa;
         storage_->certificates = parts.take<HeadCertificate>(static_cast<size_t>(storage_->n_certificates));
         storage_->totals = parts.take<Totals>(1);
@@ -331,7 +329,6 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.kept = parts.take<uint64_t>(g * blocks);
     p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.bounded = parts.take<uint64_t>(g * blocks);
-    p.shares = parts.take<int32_t>(2 * g);
     p.counts = parts.take<ShareCounts>(shares);
     p.of_share = parts.take<ShareHead>(shares * n_shared);
     p.part = parts.take<float>(shares * n_shared * value_dim);
@@ -340,7 +337,6 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
                     std::to_string(parts.bytes()) + " bytes)");
     }
     p.queued = index.storage_->queued;
-    p.attended = p.spares_uniform ? index.storage_->attended : nullptr;
     p.without_scan = index.storage_->without_scan;
     p.certificates = index.storage_->certificates;
     p.totals = index.storage_->totals;

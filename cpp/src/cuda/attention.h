@@ -27,7 +27,8 @@ std::vector<Device> devices();
 // The planes of a cache, zero at first: nothing is indexed. Throws Error if the memory cannot be had.
 class CacheIndex {
   public:
-    // keys and values describe rows [n_stream][kv_size]; types and dims as in serves(). widest: for values of that dimension later.
+    // keys and values describe rows [n_stream][kv_size]; types and dims as in serves(). widest: for values of that dimension
+    // later.
     CacheIndex(int device, const Plane & keys, const Plane & values, int n_stream, int n_head_kv, int64_t kv_size, int n_gqa,
                int widest = 0);
     ~CacheIndex();

@@ -18,8 +18,9 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int query = group * p.n_shared + i;
     int threshold = kAttendAll;
-    for (int share = 0; share < p.shares[2 * group + 1]; ++share) {
-        threshold = max(threshold, p.of_share[static_cast<int64_t>(p.shares[2 * group] + share) * p.n_shared + i].threshold);
+    const GroupShares shares = p.shares_of_group(group);
+    for (int share = shares.first; share < shares.first + shares.n; ++share) {
+        threshold = max(threshold, p.of_share[static_cast<int64_t>(share) * p.n_shared + i].threshold);
     }
     const bool all = threshold == kAttendAll;
     const float reference = all ? 0.0f : p.reference[query];

@@ -24,8 +24,8 @@ __device__ __forceinline__ ShareHead share_head(const Problem & p, int share, in
     return head;
 }
 
-// The mass of the shares [first, first + n), with what is added, in the unit 2^peak of the largest. By a warp, the same in all lanes;
-// and by what the shares of query i count: factors [n].
+// The mass of the shares [first, first + n), with what is added, in the unit 2^peak of the largest. By a warp, the same in all
+// lanes; and by what the shares of query i count: factors [n].
 __device__ __forceinline__ float add_masses(const Problem & p, int first, int n, int i, float * factors) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     ShareHead head = share_head(p, first + min(lane, n - 1), i);
@@ -51,8 +51,8 @@ __device__ __forceinline__ float add_masses(const Problem & p, int first, int n,
     return sum_of_warp(mass);
 }
 
-// What the shares know of a query, relative to its reference: sums of float32, which kWeightError covers for up to 100 shares to a
-// lane.
+// What the shares know of a query, relative to its reference: sums of float32, which kWeightError covers for up to 100 shares to
+// a lane.
 struct AllShares {
     float added = 0;    // weight
     float dropped = 0;  // upper bound
@@ -170,22 +170,21 @@ __device__ __forceinline__ void count_query(const Problem & p, int group, int i,
 }
 
 template <int n_most, int n_channels> struct CombineShared {
-    float inverse[n_most];                     // of the mass
-    float squares[n_most * n_channels / 32];   // of 32 channels of the output each
+    float inverse[n_most];                    // of the mass
+    float squares[n_most * n_channels / 32];  // of 32 channels of the output each
 };
 
-// By a whole thread block, once the shares [first, first + n) of the group are there. To each query a warp adds the shares up, another
-// works the certificate out; the rest add the channels up, and where they are few, all do. references: [n_most].
-// Scratch: factors [n_most][n].
+// By a whole thread block, once the shares [first, first + n) of the group are there. To each query a warp adds the shares up,
+// another works the certificate out; the rest add the channels up, and where they are few, all do. references: [n_most]. Scratch:
+// factors [n_most][n].
 template <int n_channels, int n_most, int n_warps>
-__device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n, int met,
-                                              const float * references, CombineShared<n_most, n_channels> & s,
-                                              float * factors) {
+__device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n, int met, const float * references,
+                                              CombineShared<n_most, n_channels> & s, float * factors) {
     constexpr int kCertifier = n_warps >= 2 * n_most ? n_most : 0;
     constexpr int kWorkers = n_warps - 2 * n_most > n_warps / 2 ? n_warps - 2 * n_most : n_warps / 2;
     constexpr int kThreads = 32 * kWorkers;
-    constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;      // channels to a thread
-    constexpr int kAtOnce = kItems <= 2 ? 16 : kItems <= 16 ? 32 / kItems : 2;    // shares
+    constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;     // channels to a thread
+    constexpr int kAtOnce = kItems <= 2 ? 16 : kItems <= 16 ? 32 / kItems : 2;  // shares
     static_assert(n_most <= n_warps && n_channels % 32 == 0);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -208,8 +207,8 @@ __device__ __forceinline__ void combine_group(const Problem & p, int group, int 
 #pragma unroll
         for (int item = 0; item < kItems; ++item) {
             if (is_there(item)) {
-                const float * from = p.part + static_cast<int64_t>(first + begin) * stride + query_of(item) * dim +
-                                     min(channel_of(item), dim - 1);
+                const float * from =
+                    p.part + static_cast<int64_t>(first + begin) * stride + query_of(item) * dim + min(channel_of(item), dim - 1);
 #pragma unroll
                 for (int u = 0; u < kAtOnce; ++u) {
                     if (begin + u < n) {

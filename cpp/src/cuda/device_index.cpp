@@ -217,7 +217,6 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         p.weights = parts.take<float>(g * blocks * kMaxShared);
         p.kept = parts.take<uint64_t>(g * blocks);
         p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
-        p.shares = parts.take<int32_t>(2 * g);
         p.counts = parts.take<ShareCounts>(shares);
         p.of_share = parts.take<ShareHead>(shares * n_shared);
         p.part = parts.take<float>(shares * n_shared * value_dim);

@@ -23,7 +23,8 @@ template <int n_most, int n_warps> struct DropShared {
     // By a whole thread block.
     __device__ __forceinline__ void fill_edges() {
         for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += n_warps * 32) {
-            edge[bin] = bin == kBins - 1 ? 0.0f : exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave));
+            edge[bin] =
+                bin == kBins - 1 ? 0.0f : exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave));
         }
     }
 

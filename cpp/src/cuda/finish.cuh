@@ -9,24 +9,20 @@ namespace louver::cuda {
 inline constexpr double kUniformShare = 0.6;
 inline constexpr uint8_t kStepsWithoutScan = 31;
 
-// How much the heads of the first token's groups attended to, and whether that was nearly all, so that they are to go without a scan
-// for some steps. By a thread block.
-__device__ __forceinline__ void note_attended(const Problem & p, int group) {
+// Whether the heads of the first token's groups attended to nearly all, and so are to go without a scan for some steps. By a
+// thread block.
+__device__ __forceinline__ void note_uniform(const Problem & p, int group) {
     const int part = static_cast<int>(threadIdx.x);
     if (!p.spares_uniform || part >= p.n_part.value) {
         return;
     }
     const int first_row = p.row_of_group(group) / p.n_token * p.n_token.value;
     const int first = (first_row * p.n_head_kv.value + p.kv_head_of(group)) * p.n_part.value + part;
-    const HeadCertificate & certificate =
-        p.certificates[static_cast<int64_t>(first_row) * p.n_head + p.head_of(first, 0)];
+    const HeadCertificate & certificate = p.certificates[static_cast<int64_t>(first_row) * p.n_head + p.head_of(first, 0)];
     const int n_visible = __ldcg(&certificate.n_visible);
     const int n_attended = __ldcg(&certificate.n_attended);
-    p.attended[p.head_part_of(first)] = n_attended;
     uint8_t & left = *p.uniform_of(first);
-    left = left > 0                                 ? static_cast<uint8_t>(left - 1)
-           : n_attended > kUniformShare * n_visible ? kStepsWithoutScan
-                                                    : uint8_t{0};
+    left = left > 0 ? static_cast<uint8_t>(left - 1) : n_attended > kUniformShare * n_visible ? kStepsWithoutScan : uint8_t{0};
 }
 
 // Blocks that were found complete and not indexed, which the next step scans. By the first kEncodeThreads threads, alone.

@@ -122,6 +122,13 @@ struct Divisor {
     friend LOUVER_BOTH int operator%(int a, const Divisor & by) { return a - a / by * by.value; }
 };
 
+// A group and its shares.
+struct GroupShares {
+    int group;
+    int first;
+    int n;
+};
+
 struct Problem {
     // Shape. A group is the query heads of one token that share a KV head, kMaxShared at most; its queries are numbered
     // group * n_shared + i, some of which may not exist in the last part of a KV head.
@@ -172,23 +179,24 @@ struct Problem {
     int64_t visible_stride;
 
     // Scratch. A share is what a thread block has of a group: every n-th of its blocks of cells, of which it has one at least.
-    int n_share;            // of all groups together
-    int32_t * shares;       // [n_group][2] the first of a group's, and how many it has
-    float * reference;      // [n_group][n_shared] log2 units
-    uint8_t * bins;         // [n_group][n_shared][n_blocks][64]
-    float * slack;          // [n_group][n_shared][n_blocks]
-    float * weights;        // [n_group][n_blocks][kMaxShared] of the cells that are dropped, all those of a block together
-    int32_t * attend_all;   // [n_group] not 0: the caller wants all of it attended; of a scan alone: it met what is not finite
-    uint64_t * kept;        // [n_group][n_blocks]
-    int32_t * survivors;    // [n_group][n_blocks * 64]: the n-th of a group's blocks, share by share, has the n-th 64 places
-    int32_t * gave_up;      // [n_group] not 0: all was attended, as the caller wanted or for what is not finite. Or null
-    int32_t * arrived;      // [n_group] shares that are done. Zero before and after a step
-    int32_t * combined;     // [n_stream * n_head_kv] groups that are done. Zero before and after a step
-    ShareCounts * counts;   // [share]
-    ShareHead * of_share;   // [share][n_shared]
-    float * part;           // [share][n_shared][value_dim] unnormalised output relative to 2^peak
-    uint64_t * bounded;     // [n_group][n_blocks] cells that were bounded through the index; with `check` only
-    double * check_sums;    // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
+    Divisor n_even;        // shares of a group,
+    Divisor n_more;        // and one more
+    int n_share;           // of all groups together; the first groups have one more if it takes that
+    float * reference;     // [n_group][n_shared] log2 units
+    uint8_t * bins;        // [n_group][n_shared][n_blocks][64]
+    float * slack;         // [n_group][n_shared][n_blocks]
+    float * weights;       // [n_group][n_blocks][kMaxShared] of the cells that are dropped, all those of a block together
+    int32_t * attend_all;  // [n_group] not 0: the caller wants all of it attended; of a scan alone: it met what is not finite
+    uint64_t * kept;       // [n_group][n_blocks]
+    int32_t * survivors;   // [n_group][n_blocks * 64]: the n-th of a group's blocks, share by share, has the n-th 64 places
+    int32_t * gave_up;     // [n_group] not 0: all was attended, as the caller wanted or for what is not finite. Or null
+    int32_t * arrived;     // [n_group] shares that are done. Zero before and after a step
+    int32_t * combined;    // [n_stream * n_head_kv] groups that are done. Zero before and after a step
+    ShareCounts * counts;  // [share]
+    ShareHead * of_share;  // [share][n_shared]
+    float * part;          // [share][n_shared][value_dim] unnormalised output relative to 2^peak
+    uint64_t * bounded;    // [n_group][n_blocks] cells that were bounded through the index; with `check` only
+    double * check_sums;   // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
 
     // Blocks to encode: complete, with visible cells that are not indexed. Found by the scan, built at the end of the step.
     int32_t * n_pending;  // [n_stream * n_head_kv]; zero before and after a step
@@ -197,7 +205,6 @@ struct Problem {
 
     // Per cache.
     uint8_t * without_scan;          // [n_stream][n_head_kv][n_part] steps without a scan that are left to a uniform head
-    int32_t * attended;              // [n_stream][n_head_kv][n_part] cells, in the last step. Null: all groups have equal shares
     HeadCertificate * certificates;  // [n_stream * n_token][n_head]
     Totals * totals;
 
@@ -224,11 +231,20 @@ struct Problem {
     }
     LOUVER_BOTH const uint64_t * visible_of(int group) const { return visible + row_of_group(group) * visible_stride; }
     // Whether the group runs without a scan, all of it attended.
-    LOUVER_BOTH uint8_t * uniform_of(int group) const { return without_scan + head_part_of(group); }
-    // Of a stream's KV head, the part that the group has.
-    LOUVER_BOTH int64_t head_part_of(int group) const {
-        return (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
+    LOUVER_BOTH uint8_t * uniform_of(int group) const {
+        return without_scan + (static_cast<int64_t>(stream_of(group)) * n_head_kv + kv_head_of(group)) * n_part + part_of(group);
     }
+    LOUVER_BOTH GroupShares shares_of_group(int group) const {
+        const int n_longer = n_share - n_even.value * n_group;  // groups
+        return {group, group * n_even.value + (group < n_longer ? group : n_longer), n_even.value + (group < n_longer ? 1 : 0)};
+    }
+    // Of the group that has a share.
+    LOUVER_BOTH GroupShares shares_of(int share) const {
+        const int n_longer = n_share - n_even.value * n_group;
+        const int behind = share - n_longer * n_more.value;
+        return shares_of_group(behind < 0 ? share / n_more : n_longer + behind / n_even);
+    }
+    LOUVER_BOTH int most_shares() const { return n_more.value; }
     // Blocks that lie before those of a group's share, of n, if they are put share by share.
     LOUVER_BOTH int share_begin(int share, int n) const {
         const int longer = n_blocks % n;
@@ -244,17 +260,19 @@ struct Problem {
         const int most = std::max((n_blocks + 7) / 8, 1);  // of a group
         if (n_group <= n_processors) {
             n_share = std::max(std::min(n_processors, most * n_group), n_group);
-            return;
-        }
-        double least = 0;
-        for (int n = 1; n <= std::min(most, kMostRounds); ++n) {
-            const int rounds = (n_group * n + n_processors - 1) / n_processors;
-            const double cost = rounds * (1.0 / n + 0.02);  // every round begins and ends
-            if (n == 1 || cost < least) {
-                least = cost;
-                n_share = n_group * n;
+        } else {
+            double least = 0;
+            for (int n = 1; n <= std::min(most, kMostRounds); ++n) {
+                const int rounds = (n_group * n + n_processors - 1) / n_processors;
+                const double cost = rounds * (1.0 / n + 0.02);  // every round begins and ends
+                if (n == 1 || cost < least) {
+                    least = cost;
+                    n_share = n_group * n;
+                }
             }
         }
+        n_even = n_share / n_group;
+        n_more = n_share / n_group + 1;
     }
 };
 

@@ -97,6 +97,14 @@ template <int n> __device__ __forceinline__ void wait_for_copies() {
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Counts up what thread blocks arrive at; what each wrote before, with a barrier in between, is there for whoever finds it
+// counted. Returns what it was.
+__device__ __forceinline__ int arrive(int * count, int n) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(count), "r"(n) : "memory");
+    return before;
+}
+
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void * address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
@@ -112,9 +120,7 @@ class Arrival {
 #endif
     }
     // The memory is no barrier any more.
-    __device__ __forceinline__ void end() {
-        asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
-    }
+    __device__ __forceinline__ void end() { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address()) : "memory"); }
     // reads_once: it is not to stay in L2. Long streams are slower with a policy, whichever it is: so there is a form without.
     __device__ __forceinline__ void copy(void * to, const void * from, int bytes, bool reads_once) {
         const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));

@@ -24,7 +24,8 @@ template <int n_tiles, int n_most> __global__ void __launch_bounds__(Scan<n_tile
     const LoadedQuery<Layout::kChannels> query(p, group);
     bool begun;
     const OwnBlocks own(p, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
-    if (!scan_share<DType::f16, n_tiles>(p, group, own, query, s.queries, s.scratch, s.rings[threadIdx.x / 32], begun) && threadIdx.x == 0) {
+    if (!scan_share<DType::f16, n_tiles>(p, group, own, query, s.queries, s.scratch, s.rings[threadIdx.x / 32], begun) &&
+        threadIdx.x == 0) {
         p.attend_all[group] = 1;
     }
 }

@@ -88,9 +88,9 @@ template <int n_channels> struct LoadedQuery {
 };
 
 // The queries into shared memory; their norms, and their references, the same in every thread block of a group; and what
-// the probes are known to weigh. Returns the lane's norms and references, of the queries z * kQuad + lane / 8. False: something is
-// not finite or too large, so that nothing is decided here. What begins the stream of codes is called once the few rows that are
-// needed first are here.
+// the probes are known to weigh. Returns the lane's norms and references, of the queries z * kQuad + lane / 8. False: something
+// is not finite or too large, so that nothing is decided here. What begins the stream of codes is called once the few rows that
+// are needed first are here.
 template <DType type, int n_most, int n_channels, int n_warps, class Stream>
 __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const LoadedQuery<n_channels> & loaded,
                                            Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
@@ -288,8 +288,8 @@ struct Words {
 static __device__ __noinline__ bool note_others(const Problem & p, int group, int block, const Words & words) {
     const int64_t slot = p.slot_of(group, block);
     const uint64_t not_finite = p.planes.not_finite[slot];
-    if (p.queued != nullptr && threadIdx.x % 32 == 0 && (words.visible == ~uint64_t{0} || words.after != 0) && (words.others() & ~not_finite) != 0 &&
-        atomicExch(&p.queued[slot], 1) == 0) {
+    if (p.queued != nullptr && threadIdx.x % 32 == 0 && (words.visible == ~uint64_t{0} || words.after != 0) &&
+        (words.others() & ~not_finite) != 0 && atomicExch(&p.queued[slot], 1) == 0) {
         p.pending[p.slot_of(group, 0) + atomicAdd(&p.n_pending[p.pair_of(group)], 1)] = static_cast<int32_t>(slot);
     }
     return (words.others() & not_finite) != 0;
@@ -384,9 +384,8 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
 // the histograms and the mass.
 template <DType type, int n_tiles, class Ring, int n_most, int n_channels, int n_warps>
 __device__ __forceinline__ bool scan_share(const Problem & p, int group, const OwnBlocks & own,
-                                           const LoadedQuery<n_channels> & loaded,
-                                           Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
-                                           Ring & stage, bool & begun) {
+                                           const LoadedQuery<n_channels> & loaded, Queries<n_most, n_channels> & queries,
+                                           ScanShared<n_most, n_warps> & s, Ring & stage, bool & begun) {
     constexpr int n_quad = n_most / kQuad;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -524,8 +523,8 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
             const uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
             // What the probes weigh is known already.
             const int cell = block * kBlockCells + lane / 4 * 8;
-            const uint32_t counted = mine & 0xffu << min(max(probes_end - cell, 0), 8) &
-                                     0xffu >> min(max(cell + 8 - probes_begin, 0), 8);
+            const uint32_t counted =
+                mine & 0xffu << min(max(probes_end - cell, 0), 8) & 0xffu >> min(max(cell + 8 - probes_begin, 0), 8);
 #pragma unroll
             for (int z = 0; z < n_quad; ++z) {
                 // From the lanes that quantized a query to those that hold its results.

@@ -1,8 +1,8 @@
-// From the bins to the survivors of a share, and what the others weigh. A cell is dropped only if every query of the group has it below its threshold; a
-// threshold is the highest whose bins, each cell counted with the weight at its bin's upper edge, add up to at most epsilon of the
-// mass: the mass oracle (louver/mass_oracle.h) with all weights as its sample, and so with nothing left to verify. Each share
-// drops at most epsilon of what is its own, and of an even part of what the probes weigh; so all shares drop at most epsilon
-// of the whole, and none waits for another.
+// From the bins to the survivors of a share, and what the others weigh. A cell is dropped only if every query of the group has it
+// below its threshold; a threshold is the highest whose bins, each cell counted with the weight at its bin's upper edge, add up
+// to at most epsilon of the mass: the mass oracle (louver/mass_oracle.h) with all weights as its sample, and so with nothing left
+// to verify. Each share drops at most epsilon of what is its own, and of an even part of what the probes weigh; so all shares
+// drop at most epsilon of the whole, and none waits for another.
 #pragma once
 
 #include "cuda/drop.cuh"
@@ -151,6 +151,9 @@ __device__ __forceinline__ void select_share(const Problem & p, int group, const
             longest = drops != 0 ? fmaxf(longest, cells.longest) : longest;
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
+                if (i >= n_query) {
+                    continue;
+                }
                 const float most =
                     edges(drop.edge, cells.bins[i].x | kept_bytes[0]) + edges(drop.edge, cells.bins[i].y | kept_bytes[1]);
                 dropped[i] += most;

@@ -68,7 +68,8 @@ inline float __int_as_float(int x) { return as_bits_of<float>(x); }
 inline double __longlong_as_double(long long x) { return as_bits_of<double>(x); }
 inline int __float_as_int(float x) { return as_bits_of<int>(x); }
 inline double __hiloint2double(int high, int low) {
-    return __longlong_as_double(static_cast<long long>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low)));
+    return __longlong_as_double(
+        static_cast<long long>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low)));
 }
 inline long long __double_as_longlong(double x) { return as_bits_of<long long>(x); }
 

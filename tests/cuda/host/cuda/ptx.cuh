@@ -105,6 +105,8 @@ inline void wait_for_copies() {
     end_copies(0);
 }
 
+inline int arrive(int * count, int n) { return atomicAdd(count, n); }
+
 inline void prefetch(const void *) {}
 
 // Fails where a warp waits for another phase than the one that is open, or not for all that was asked for.
