@@ -40,10 +40,10 @@ __device__ __forceinline__ void prefetch_row(const std::byte * row, int bytes) {
     }
 }
 
-// n_most: queries to a group.
-template <DType type, int n_channels, int n_most> struct Rows {
-    static constexpr int kWarps = n_most > 4 ? 4 : n_channels <= 128 ? 12 : 8;
-    static constexpr bool kRoomy = false;
+// n_most: queries to a group; is_roomy: shared memory is not short.
+template <DType type, int n_channels, int n_most, bool is_roomy> struct Rows {
+    static constexpr int kWarps = n_most > 4 || n_channels > 128 ? 4 : 12;
+    static constexpr bool kRoomy = is_roomy;
     static constexpr int width = n_channels / 8;  // lanes to a row
     // Rows in flight: as many as the registers hold.
     static constexpr int kAhead = 4;
@@ -64,8 +64,9 @@ template <DType type, int n_channels, int n_most> struct Rows {
     __device__ Rows(const Problem & problem, std::byte *) : p(problem) {}
 
     // The survivors [begin, end); references: [n_most], of the scores.
-    template <class PlaceOf> __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
-                                                 const Queries<n_most, n_channels> & queries, const float * references) {
+    template <class PlaceOf, int n_all> __device__ void run(int group, int begin, int end, const std::byte * mask,
+                                                            const PlaceOf & place_of, const Queries<n_all, n_channels> & queries,
+                                                            const float * references) {
         const int64_t first_row = p.first_row(group);
         const int kv_head = p.kv_head_of(group);
 #pragma unroll

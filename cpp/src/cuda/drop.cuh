@@ -81,7 +81,8 @@ __device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
 }
 
 // The mean values of the first `n` of the blocks, each times its weights; by warp `worker` of kDropWarps. sums: [n_most]
-// [n_channels], all of them written; those behind the values' last channel have no meaning.
+// [n_channels], all of them written once the thread block has met, because they may lie where others work; those behind the
+// values' last channel have no meaning.
 template <int n_most, int n_channels>
 __device__ __forceinline__ void add_means(const Problem & p, int group, const OwnBlocks & own, int n, int worker, float * sums) {
     constexpr int kWords = n_channels / 64;  // of 2 channels, to a lane
@@ -135,6 +136,7 @@ __device__ __forceinline__ void add_means(const Problem & p, int group, const Ow
             }
         }
     }
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < n_most; ++i) {
 #pragma unroll
