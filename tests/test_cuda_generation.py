@@ -744,9 +744,9 @@ def test_cache_in_host_memory(model_path: str) -> None:
 
 
 @pytest.mark.skipif(len(_core.devices()) < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("split_mode", ["LAYER", "ROW"])
-def test_two_gpus(model_path: str, split_mode: str) -> None:
-    mode = getattr(llama_cpp, f"LLAMA_SPLIT_MODE_{split_mode}")
+def test_two_gpus(model_path: str) -> None:
+    """By layers: the pinned llama.cpp refuses to split rows between CUDA devices."""
+    mode = llama_cpp.LLAMA_SPLIT_MODE_LAYER
     with loaded(model_path, split_mode=mode, tensor_split=[1.0, 1.0]) as llm:
         n_decoded = llm(PROMPT, **GREEDY)["usage"]["completion_tokens"] - 1
         stats = llm.louver_stats()
