@@ -446,7 +446,7 @@ void check_query_not_finite(Report & report, const Shape & shape) {
     }
 }
 
-// The workspace has room for what the kernels write where select has most thread blocks.
+// The workspace has room for what the kernels write where there is most of it.
 void check_room(Report & report) {
     constexpr int kCells = 1 << 20;
     constexpr int kRows = 4;
