@@ -15,7 +15,7 @@ bool fits(const Problem & p) {
     if (static_cast<int64_t>(p.n_group) * p.n_blocks >= (int64_t{1} << 31) / kBlockCells) {
         return false;  // survivors are counted in 32 bits
     }
-    if (p.n_blocks > 1 << kMostBlockBits) {
+    if (p.n_blocks > 1 << kMostBlockBits || p.n_blocks > kMostOwnBlocks * p.n_even.value) {
         return false;
     }
     size_t bytes = 0;

@@ -11,7 +11,7 @@ inline constexpr int kDropWarps = 4;  // that add mean values, while the others 
 
 // n_warps: of the thread block.
 template <int n_most, int n_warps> struct DropShared {
-    float edge[kBins];  // the weight at each bin's upper edge, but for upper_edge's last factor
+    float edge[kBins];  // the weight at each bin's upper edge, but for kEdgeFactor
     // Of each warp's blocks, then of all.
     float dropped[n_warps][n_most];
     float compensation[n_warps][n_most];

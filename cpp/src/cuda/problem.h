@@ -28,6 +28,9 @@ inline constexpr float kLargeUnit = 0x1p-4f;
 inline constexpr float kLargeMass = 0x1p35f;
 inline constexpr int kMostBlockBits = 20;
 
+// Blocks of a share at most: its sums of float32 have no more additions one after another than their margins cover.
+inline constexpr int kMostOwnBlocks = 1 << 14;
+
 inline constexpr int kAttendAll = -1;
 
 // Shares of a group, where there are more groups than processors.

@@ -10,7 +10,8 @@
 
 namespace louver::cuda {
 
-// By a warp, the same in all lanes. The sums are of float32: 15 roundings at most, which kWeightError covers.
+// By a warp, the same in all lanes. The sums are of float32, of what is not negative and nothing is taken away from: 15 roundings
+// at most, relative to the sum, which kWeightError covers.
 __device__ __forceinline__ int mass_threshold(const uint32_t * histogram, const float * edge, float most) {
     constexpr int kOwn = kBins / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -23,7 +24,14 @@ __device__ __forceinline__ int mass_threshold(const uint32_t * histogram, const 
         sum = fmaf(static_cast<float>(histogram[bin]), edge[bin], sum);
         sums[b] = sum;
     }
-    const float before = exclusive_sum(sum);
+    float up_to = sum;  // and all lanes before
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_up_sync(~0u, up_to, step);
+        up_to += lane >= step ? other : 0.0f;
+    }
+    const float previous = __shfl_up_sync(~0u, up_to, 1);
+    const float before = lane > 0 ? previous : 0.0f;
     int first_kept = kBins - 1;
 #pragma unroll
     for (int b = kOwn - 1; b >= 0; --b) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/ptx.cuh"
 
@@ -49,8 +50,9 @@ __device__ __forceinline__ float sum_of_warp(float (&x)[8]) {
     return x[0] + __shfl_xor_sync(~0u, x[0], 1);
 }
 
-// Of the lanes before this one.
+// Of the lanes before this one. Of whole numbers: what is taken away again would leave a float's rounding.
 template <class T> __device__ __forceinline__ T exclusive_sum(T x) {
+    static_assert(std::is_integral_v<T>);
     const int lane = static_cast<int>(threadIdx.x % 32);
     T sum = x;
 #pragma unroll
