@@ -242,7 +242,7 @@ void check_attention(Report & report, const Shape & shape, uint64_t seed, bool p
     }
     // Where thread blocks have least shared memory of all that is served.
     space.limit_shared(99 * 1024);
-    for (const double epsilon : {0.05, 0.0}) {
+    for (const double epsilon : {0.0, 0.05}) {
         DecodeSettings settings;
         settings.epsilon = epsilon;
         const AttentionOp op = scene.op(settings);
@@ -250,6 +250,20 @@ void check_attention(Report & report, const Shape & shape, uint64_t seed, bool p
         scene.output.poison();
         run(space, index, op);
         compare(report, scene, index, space, op, shape.name() + ", 99 KB, epsilon " + std::to_string(epsilon));
+    }
+    {
+        // What a share keeps between scan and attention in global memory: the same work, and so the same bits.
+        DecodeSettings settings;
+        settings.check = true;
+        const AttentionOp op = scene.op(settings);
+        scene.output.poison();
+        run(space, index, op);
+        const std::vector<std::byte> near = scene.output.get<std::byte>();
+        space.limit_shared(space.least_shared(index, op));
+        scene.output.poison();
+        run(space, index, op);
+        compare(report, scene, index, space, op, shape.name() + ", nothing kept in shared memory");
+        report.expect(near == scene.output.get<std::byte>(), shape.name() + ": global memory gave other bits than shared memory");
     }
     space.limit_shared(1024);
     report.expect(!space.fits(index, scene.op({})), shape.name() + ": fits into 1 KB of shared memory");

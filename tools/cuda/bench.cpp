@@ -110,14 +110,8 @@ void measure_layers(ModelRun & model, const std::vector<CapturedOp> & ops, int64
     for (int round = 0; round <= options.n_rounds; ++round) {
         for (const bool enabled : {false, true}) {
             model.enable(enabled);
-            for (int i = 0; i < 4; ++i) {
-                graph.run();  // until it is captured
-            }
-            const double seconds = seconds_of([&] {
-                for (int i = 0; i < n_runs; ++i) {
-                    graph.run();
-                }
-            });
+            graph.run(4);  // until it is captured
+            const double seconds = seconds_of([&] { graph.run(n_runs); });
             if (round > 0) {
                 (enabled ? ours : stock).push_back(seconds / n_runs / graph.n_layer());
             }

@@ -91,10 +91,13 @@ LayerGraph::LayerGraph(const std::vector<CapturedOp> & ops, int64_t n_kv)
     }
 }
 
-void LayerGraph::run() {
-    if (ggml_backend_graph_compute(backend_.get(), graph_) != GGML_STATUS_SUCCESS) {
-        throw std::runtime_error("the graph of all layers failed");
+void LayerGraph::run(int n) {
+    for (int i = 0; i < n; ++i) {
+        if (ggml_backend_graph_compute_async(backend_.get(), graph_) != GGML_STATUS_SUCCESS) {
+            throw std::runtime_error("the graph of all layers failed");
+        }
     }
+    ggml_backend_synchronize(backend_.get());
 }
 
 std::vector<float> LayerGraph::output(int layer) const {

@@ -30,7 +30,8 @@ template <class F> std::vector<CapturedOp> capture(F && step) {
 class LayerGraph {
   public:
     LayerGraph(const std::vector<CapturedOp> & ops, int64_t n_kv);
-    void run();  // and waits
+    // n times, and waits for the last: what the host does meanwhile is no part of a layer.
+    void run(int n);
     std::vector<float> output(int layer) const;
     int n_layer() const { return static_cast<int>(outputs_.size()); }
 

@@ -11,16 +11,17 @@ void launch_attend(const Problem & p, cudaStream_t stream) {
     with_type(p.keys.type, [&]<DType type>() { launch_attend<type>(p, stream); });
 }
 
+size_t attend_bytes(const Problem & p) {
+    size_t bytes = 0;
+    with_type(p.keys.type, [&]<DType type>() { bytes = attend_bytes<type>(p); });
+    return bytes;
+}
+
 bool fits(const Problem & p) {
-    if (static_cast<int64_t>(p.n_group) * p.n_blocks >= (int64_t{1} << 31) / kBlockCells) {
-        return false;  // survivors are counted in 32 bits
-    }
     if (p.n_blocks > 1 << kMostBlockBits || p.n_blocks > kMostOwnBlocks * p.n_even.value) {
         return false;
     }
-    size_t bytes = 0;
-    with_type(p.keys.type, [&]<DType type>() { bytes = attend_bytes<type>(p); });
-    return bytes <= p.most_shared;
+    return attend_bytes(p) <= p.most_shared;
 }
 
 }  // namespace louver::cuda

@@ -23,15 +23,19 @@ template <class Worker, int n_channels, int n_most> struct Shared {
     float least[n_most];
     float reference[n_most];
     int threshold[n_most];
-    DropShared<n_most, kAttendWarps<Worker>> drop;
+    DropShared<n_most> drop;
     PartialHead head[Worker::kWarps][n_most];
+    StageArrivals arrivals[kAttendWarps<Worker>];
     Survivors<kAttendWarps<Worker>> survivors;
     CombineShared<n_most, n_channels> combine;
     int n_scanned;
     int n_failed;  // shares of the group
     int n_pending;
     bool is_last;
-    // Behind it, one after another: what the scan wants, Regions, floats [n_most][n_share], EncodeShared.
+    int sinks_end;
+    int recent_begin;
+    // Behind it ShareCells, if there is room; and then, one after another: what the scan wants, Regions, floats [n_most][shares +
+    // kSharesAtOnce], EncodeShared.
 };
 template <class Worker, int n_channels, int n_most>
 constexpr size_t kSharedBytes = (sizeof(Shared<Worker, n_channels, n_most>) + 15) / 16 * 16;
@@ -60,8 +64,9 @@ template <class Worker, int n_channels, int n_most>
 __device__ __forceinline__ void write_share(const Problem & p, int share, int n_query,
                                             const Shared<Worker, n_channels, n_most> & s, const float * regions) {
     using Layout = Regions<Worker, n_channels, n_most>;
-    const int64_t number = static_cast<int64_t>(share) * p.n_shared;
-    const int dim = p.values.dim;
+    float * part = p.part + static_cast<int64_t>(share) * kPartStride;
+    // Loops that go round a few times: each instruction of them is paid for once.
+#pragma unroll 1
     for (int k = static_cast<int>(threadIdx.x); k < n_query * n_channels; k += kAttendThreads<Worker>) {
         const int i = k / n_channels;
         const int c = k % n_channels;
@@ -78,7 +83,7 @@ __device__ __forceinline__ void write_share(const Problem & p, int share, int n_
         }
         float kept = 0;
         sum = sum != 0 ? sum * exp2_fast(-peak) : 0.0f;
-#pragma unroll
+#pragma unroll 4
         for (int w = 0; w < Worker::kWarps; ++w) {
             const PartialHead head = s.head[w][i];
             const float factor = head.peak == -infinity() ? 0.0f : exp2_fast(head.peak - peak);
@@ -86,24 +91,65 @@ __device__ __forceinline__ void write_share(const Problem & p, int share, int n_
             kept += isnan(head.kept) ? head.kept : head.kept * factor;
             sum += factor == 0.0f ? 0.0f : regions[w * Layout::kStride + k] * factor;
         }
-        if (c < dim) {
-            p.part[(number + i) * dim + c] = sum;
+        if (c < p.values.dim) {
+            part[i * kMaxKernelDim + c] = sum;
         }
         if (c == 0) {
-            p.of_share[number + i] = {peak,           kept, s.drop.all_dropped[i], s.drop.all_compensation[i], s.least[i],
-                                      s.threshold[i], {}};
+            float dropped = 0;
+            float compensation = 0;
+            for (int w = 0; w < kDropWarps; ++w) {
+                dropped += s.drop.weight[w][i];
+                compensation += s.drop.compensation[w][i];
+            }
+            // Rounded up for as many additions as were one after another.
+            dropped *= 1.0f + 0x1p-23f * static_cast<float>(s.survivors.own.n + 32);
+            p.of_share[static_cast<int64_t>(share) * kMaxShared + i] = {peak,       kept,           dropped, compensation,
+                                                                        s.least[i], s.threshold[i], {}};
         }
     }
     if (threadIdx.x == 0) {
-        p.counts[share] = {s.n_scanned, s.survivors.n(), s.drop.longest};
+        float longest = 0;
+        for (const float norm : s.drop.value_norm) {
+            longest = fmaxf(longest, norm);
+        }
+        p.counts[share] = {s.n_scanned, s.survivors.n(), longest, 0};
     }
 }
 
+// What the scan finds of a share.
+template <int n_most> struct KeepCells {
+    const Problem & p;
+    int group;
+    int n;
+    const ShareCells & cells;
+
+    __device__ __forceinline__ void words(int j, const Words & words) const {
+        if (j < n) {
+            cells.seen[j] = words.visible;
+            cells.indexed[j] = words.indexed;
+        }
+    }
+    __device__ __forceinline__ void longest(int j, float norm) const { cells.longest[j] = norm; }
+    __device__ __forceinline__ void bins(int j, int block, int i, float slack, uint64_t of_cells) const {
+        const int byte = static_cast<int>(threadIdx.x) % 32 / 4;
+        reinterpret_cast<uint64_t *>(cells.bins + (j * n_most + i) * kBlockCells)[byte] = of_cells;
+        if (byte == 0) {
+            cells.slack[j * n_most + i] = slack;
+        }
+        if (p.check) {
+            store_bins(p, group, i, block, of_cells);
+        }
+    }
+};
+
+// near_bytes: what is kept of a share has in shared memory; 0: it is in global memory.
 template <class Worker, DType type, int n_channels, int n_tiles, int n_most>
-__global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid_constant__ Problem p, const int near_bytes) {
     std::byte * memory = shared_memory();
     auto & s = *reinterpret_cast<Shared<Worker, n_channels, n_most> *>(memory);
     memory += kSharedBytes<Worker, n_channels, n_most>;
+    std::byte * near = memory;  // of what is kept of the share, if there is room for it
+    memory += near_bytes;
     float * regions = reinterpret_cast<float *>(memory);
     using Layout = Regions<Worker, n_channels, n_most>;
     const int thread = static_cast<int>(threadIdx.x);
@@ -112,20 +158,34 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     const int group = shares.group;
     const int n_query = p.n_query_of(group);
     const int row = p.row_of_group(group);
-    const bool is_plain = p.sight[row].plain != 0;
-    const bool asked = p.attend_all[group] != 0;
-    const bool scans = p.epsilon > 0 && is_plain && !asked && !(p.spares_uniform && *p.uniform_of(group) > 0);
-    int share = static_cast<int>(blockIdx.x) - shares.first;
-    OwnBlocks own(p, share, shares.n);
-    s.drop.fill_edges();
+    // All that comes from memory is asked for before any of it is waited for.
+    const int plain = p.sight[row].plain;
+    const int wanted = p.attend_all[group];
+    const int spared = *p.uniform_of(group);
     const LoadedQuery<n_channels> query(p, group);
+    const LoadedProbes<type, n_channels, kAttendWarps<Worker>> probes(p, group);
+    const bool is_plain = plain != 0;
+    const bool asked = wanted != 0;
+    const bool scans = p.epsilon > 0 && is_plain && !asked && !(p.spares_uniform && spared > 0);
+    int share = static_cast<int>(blockIdx.x) - shares.first;
+    OwnBlocks own = blocks_of(p, shares, share);
+    const auto cells_of = [&](int of_share, int n) {
+        const int64_t first = static_cast<int64_t>(group) * p.n_blocks + p.deal_of(shares).begin_of(of_share);
+        return ShareCells(near_bytes > 0 ? near : p.far_cells + first * bytes_of_share_block(kMaxShared), n, n_most);
+    };
+    ShareCells cells = cells_of(share, own.n);
+    if (thread == 0) {  // while they are near
+        s.sinks_end = p.sight[row].sinks_end;
+        s.recent_begin = p.sight[row].recent_begin;
+    }
     using Scan = ScanMemory<Worker, n_tiles, n_most>;
     auto & scan = *reinterpret_cast<typename Scan::Scratch *>(memory);
     bool begun = false;  // the same in all thread blocks of the group, as what follows from it
     bool is_sound = true;
     if (scans) {
         auto & ring = reinterpret_cast<typename Scan::Ring *>(memory + Scan::kScratch)[warp];
-        is_sound = scan_share<type, n_tiles>(p, group, own, query, s.queries, scan, ring, begun);
+        is_sound = scan_share<n_tiles>(p, group, own, query, probes, s.queries, scan, ring, s.arrivals[warp],
+                                       KeepCells<n_most>{p, group, own.n, cells}, begun);
     } else {
         query.store(s.queries);
     }
@@ -133,7 +193,7 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
     const bool failed = begun && !is_sound;  // this share: its last thread block will attend to all of the group
     if (begun && warp < n_query) {
         const float least = least_mass(scan, warp, shares.n);
-        const int threshold = mass_threshold(scan.histogram[warp], s.drop.edge, p.epsilon * least);
+        const int threshold = mass_threshold(scan.histogram[warp], p.epsilon * least);
         if (thread % 32 == 0) {
             s.threshold[warp] = threshold;
             s.least[warp] = least;
@@ -150,21 +210,15 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
         }
     }
     if (thread == 0) {
-        s.n_scanned = 0;
-        if (begun) {
-            for (int w = 0; w < kAttendWarps<Worker>; ++w) {
-                s.n_scanned += scan.scanned[w];
-            }
-        }
-        s.survivors.list =
-            p.survivors + (static_cast<int64_t>(group) * p.n_blocks + p.share_begin(share, shares.n)) * kBlockCells;
-        s.survivors.n_own = own.n;
+        s.n_scanned = begun ? scan.scanned : 0;
+        s.survivors.list = cells.list;
+        s.survivors.own = own;
     }
     __syncthreads();
 
 #pragma unroll 1
     for (bool whole = false;;) {
-        select_share<n_most>(p, group, own, failed && !whole ? nullptr : s.threshold, s.survivors, s.drop);
+        select_share<n_most>(p, group, cells, s.threshold, s.sinks_end, s.recent_begin, failed && !whole, s.survivors);
         __syncthreads();
         if (warp < Worker::kWarps) {
             const std::byte * mask = is_plain || p.mask.data == nullptr ? nullptr
@@ -179,52 +233,55 @@ __global__ void __launch_bounds__(kAttendThreads<Worker>, 1) attend(const __grid
             __syncthreads();
         } else {
             const int worker = warp - Worker::kWarps;
-            s.drop.add_up(worker, own.n);
-            add_means<n_most, n_channels>(p, group, own, p.compensate && begun && !failed && !whole ? own.n : 0, worker,
-                                          regions + Layout::kAdded + worker * Layout::kAddedStride);
+            add_dropped<n_most, n_channels>(p, group, own, cells, begun && !failed && !whole ? n_query : 0, worker, s.drop,
+                                            regions + Layout::kAdded + worker * Layout::kAddedStride);
         }
         __syncthreads();
         write_share<Worker, n_channels, n_most>(p, shares.first + share, n_query, s, regions);
         __syncthreads();
         if (whole) {
-            break;
-        }
-        if (thread == 0) {
-            constexpr int kFailed = 1 << 16;
-            const int before = arrive(&p.arrived[group], 1 + (failed ? kFailed : 0));
-            s.is_last = before % kFailed == shares.n - 1;
-            s.n_failed = before / kFailed + (failed ? 1 : 0);
-            if (s.is_last) {
-                p.arrived[group] = 0;
+            if (++share == shares.n) {
+                break;
+            }
+        } else {
+            if (thread == 0) {
+                constexpr int kFailed = 1 << 16;
+                const int before = arrive(&p.arrived[group], 1 + (failed ? kFailed : 0));
+                s.is_last = before % kFailed == shares.n - 1;
+                s.n_failed = before / kFailed + (failed ? 1 : 0);
+                if (s.is_last) {
+                    p.arrived[group] = 0;
+                }
+            }
+            __syncthreads();
+            if (!s.is_last) {
+                return;
+            }
+            if (s.n_failed == 0) {
+                break;
+            }
+            // Something was met that is not finite, and not by all: once more, share by share, everything.
+            whole = met = true;
+            share = 0;
+            if (thread < n_most) {
+                s.threshold[thread] = kAttendAll;
+                s.reference[thread] = 0;
+                s.least[thread] = 0;
             }
         }
-        __syncthreads();
-        if (!s.is_last) {
-            return;
-        }
-        if (s.n_failed == 0) {
-            break;
-        }
-        // Something was met that is not finite, and not by all: once more, all of the group, as one share.
-        whole = met = true;
-        share = 0;
-        own = OwnBlocks(p, 0, 1);
-        if (thread < n_most) {
-            s.threshold[thread] = kAttendAll;
-            s.reference[thread] = 0;
-            s.least[thread] = 0;
-        }
+        own = blocks_of(p, shares, share);
+        cells = cells_of(share, own.n);
         if (thread == 0) {
             s.n_scanned = 0;
-            s.survivors.list = p.survivors + static_cast<int64_t>(group) * p.n_blocks * kBlockCells;
-            s.survivors.n_own = own.n;
+            s.survivors.list = cells.list;
+            s.survivors.own = own;
         }
         __syncthreads();
     }
     const bool is_alone = p.groups_of_pair() == 1;
     const int pending = thread == 0 && is_alone ? __ldcg(p.n_pending + p.pair_of(group)) : 0;  // arrives meanwhile
-    combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, group, shares.first, s.n_failed > 0 ? 1 : shares.n, met ? 1 : 0,
-                                                            s.reference, s.combine, regions);
+    combine_group<n_channels, n_most, kAttendWarps<Worker>>(p, group, shares.first, shares.n, met ? 1 : 0, s.reference, s.combine,
+                                                            regions);
     if (thread == 0) {
         s.is_last = true;
         s.n_pending = pending;
@@ -251,7 +308,13 @@ template <class Worker, int n_channels, int n_tiles, int n_most> size_t bytes_of
     static_assert(kAttendThreads<Worker> >= kEncodeThreads);
     return kSharedBytes<Worker, n_channels, n_most> +
            std::max({ScanMemory<Worker, n_tiles, n_most>::kBytes, Regions<Worker, n_channels, n_most>::kEnd * sizeof(float),
-                     static_cast<size_t>(n_most * p.most_shares()) * sizeof(float), sizeof(EncodeShared)});
+                     static_cast<size_t>(n_most * (p.most_shares() + kSharesAtOnce)) * sizeof(float), sizeof(EncodeShared)});
+}
+
+// What is kept of the longest share takes, where there is room for it behind `bytes`.
+template <int n_most> size_t near_bytes_of(const Problem & p, size_t bytes) {
+    const size_t near = static_cast<size_t>(p.even.n_of(0)) * bytes_of_share_block(n_most);
+    return bytes + near <= p.most_shared ? near : 0;
 }
 
 // f.template operator()<Worker, n_channels, n_tiles, n_most>(), whose bytes of shared memory the device has if there is such a
@@ -309,8 +372,10 @@ template <DType type> size_t attend_bytes(const Problem & p) {
 template <DType type> void launch_attend(const Problem & p, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(p.n_share));
     with_worker<type>(p, [&]<class Worker, int n_channels, int n_tiles, int n_most>() {
-        launch_kernel(attend<Worker, type, n_channels, n_tiles, n_most>,
-                      {grid, kAttendThreads<Worker>, bytes_of<Worker, n_channels, n_tiles, n_most>(p)}, stream, p);
+        const size_t bytes = bytes_of<Worker, n_channels, n_tiles, n_most>(p);
+        const size_t near = near_bytes_of<n_most>(p, bytes);
+        launch_kernel(attend<Worker, type, n_channels, n_tiles, n_most>, {grid, kAttendThreads<Worker>, bytes + near}, stream, p,
+                      static_cast<int>(near));
     });
 }
 

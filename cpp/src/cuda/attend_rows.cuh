@@ -9,26 +9,6 @@
 
 namespace louver::cuda {
 
-// Sums n values over `width` lanes: lane l holds the sum of value l % n after it.
-template <int n, int width> __device__ __forceinline__ float transposed_sum(float (&values)[n]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int left = n, bit = 1; left > 1; left /= 2, bit *= 2) {
-        const bool upper = (lane & bit) != 0;
-#pragma unroll
-        for (int j = 0; j < left / 2; ++j) {
-            const float keep = upper ? values[2 * j + 1] : values[2 * j];
-            const float give = upper ? values[2 * j] : values[2 * j + 1];
-            values[j] = keep + __shfl_xor_sync(~0u, give, bit);
-        }
-    }
-#pragma unroll
-    for (int bit = n; bit < width; bit *= 2) {
-        values[0] += __shfl_xor_sync(~0u, values[0], bit);
-    }
-    return values[0];
-}
-
 template <DType type> __device__ __forceinline__ int bytes_of(int dim) {
     return type == DType::f32 ? dim * 4 : type == DType::q8_0 ? dim / 32 * 34 : dim * 2;
 }
@@ -64,9 +44,9 @@ template <DType type, int n_channels, int n_most, bool is_roomy> struct Rows {
     __device__ Rows(const Problem & problem, std::byte *) : p(problem) {}
 
     // The survivors [begin, end); references: [n_most], of the scores.
-    template <class PlaceOf, int n_all> __device__ void run(int group, int begin, int end, const std::byte * mask,
-                                                            const PlaceOf & place_of, const Queries<n_all, n_channels> & queries,
-                                                            const float * references) {
+    template <class Survivors, int n_all>
+    __device__ void run(int group, int begin, int end, const std::byte * mask, const Survivors & survivors,
+                        const Queries<n_all, n_channels> & queries, const float * references) {
         const int64_t first_row = p.first_row(group);
         const int kv_head = p.kv_head_of(group);
 #pragma unroll
@@ -80,9 +60,10 @@ template <DType type, int n_channels, int n_most, bool is_roomy> struct Rows {
                 query[i][e] = queries.of[i][channel + e];
             }
         }
+        int low = 0;
         for (int first = begin; first < end; first += 32) {
             const int rank = first + lane % width * (32 / width) + lane / width;
-            attend(first_row, kv_head, rank < end ? *place_of(rank) : -1, mask);
+            attend(first_row, kv_head, rank < end ? survivors.cell(rank, low) : -1, mask);
         }
     }
 

@@ -63,8 +63,7 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool 
     static constexpr int kQuads = n_most / 4;
     static constexpr int kPitch = 2 * n_channels + 16;  // so that 8 rows are in different banks
     static constexpr int kSteps = n_channels / 16;
-    static constexpr size_t kRowBytes = size_t{2} * kKeys * kPitch;
-    static constexpr size_t kBytes = kRowBytes + 2 * 32 * sizeof(int);
+    static constexpr size_t kBytes = size_t{2} * kKeys * kPitch;
     static_assert(n_most % 4 == 0 && kKeys % 16 == 0 && kKeys <= 32 && kBytes >= sizeof(float) * n_most * n_channels);
     static constexpr float kUnit = Split<type>::kUnit;
     static constexpr bool kHasThird = Split<type>::kParts > 2;
@@ -73,7 +72,6 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool 
     const Problem & p;
     std::byte * keys;
     std::byte * values;
-    int (*cells)[32];  // of the chunks to come, which arrive with rows: an answer takes longer than a chunk
     int lane = static_cast<int>(threadIdx.x) % 32;
 
     // Column 2 i of the right operand is the first part of the query 4 z + i, column 2 i + 1 its second; of the third parts
@@ -86,8 +84,7 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool 
     float kept[kQuads];
     float output[kQuads][kSteps][4];  // channels 16 t + lane / 4 and 8 more, two parts of the weights each
 
-    __device__ Tiles(const Problem & problem, std::byte * memory)
-        : p(problem), keys(memory), values(memory + kKeys * kPitch), cells(reinterpret_cast<int (*)[32]>(memory + kRowBytes)) {
+    __device__ Tiles(const Problem & problem, std::byte * memory) : p(problem), keys(memory), values(memory + kKeys * kPitch) {
 #pragma unroll
         for (int z = 0; z < kQuads; ++z) {
             peak[z] = -infinity();
@@ -154,40 +151,34 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool 
     __device__ __forceinline__ void load(const Plane & plane, int64_t first_row, int kv_head, int cell, std::byte * to) const {
         constexpr int kLanes = n_channels / 8;
         constexpr int kAtOnce = 32 / kLanes;
+        constexpr uint32_t kNone = ~0u;
         const int chunk = lane % kLanes;
         const std::byte * from = plane.row(first_row, kv_head) + chunk * 16;
         to += lane / kLanes * kPitch + chunk * 16;
-        const bool has_chunk = chunk * 8 < plane.dim;
+        const int bytes = chunk * 8 < plane.dim ? 16 : 0;
+        // In units of 16 bytes: rows of a cache are multiples of them, and 32 bits are enough for any.
+        const uint32_t own = cell >= 0 ? static_cast<uint32_t>(cell) * static_cast<uint32_t>(plane.row_stride / 16) : kNone;
 #pragma unroll
         for (int row = 0; row < kKeys; row += kAtOnce) {
-            const int at = __shfl_sync(~0u, cell, row + lane / kLanes);
-            const bool is_there = at >= 0 && has_chunk;
-            copy_async_or_zero(to + row * kPitch, is_there ? from + at * plane.row_stride : from, is_there);
+            const uint32_t at = __shfl_sync(~0u, own, row + lane / kLanes);
+            copy_async_or_zero(to + row * kPitch, from + static_cast<uint64_t>(at) * 16, at != kNone ? bytes : 0);
         }
     }
 
-    // The survivors [begin, end); place_of says where in global memory the number of a survivor's cell is. references: [n_most],
-    // of the scores.
-    template <class PlaceOf> __device__ void run(int group, int begin, int end, const std::byte * mask, const PlaceOf & place_of,
-                                                 const Queries<n_most, n_channels> & queries, const float * references) {
+    // The survivors [begin, end). references: [n_most], of the scores.
+    template <class Survivors> __device__ void run(int group, int begin, int end, const std::byte * mask,
+                                                   const Survivors & survivors, const Queries<n_most, n_channels> & queries,
+                                                   const float * references) {
         if (begin >= end) {
             return;
         }
         const int64_t first_row = p.first_row(group);
         const int kv_head = p.kv_head_of(group);
-        const auto is_mine = [&](int first) { return lane < kKeys && first + lane < end; };
-        // Every lane asks for what it reads.
-        const auto ask = [&](int first, int slot) {
-            if (is_mine(first)) {
-                copy_async<4>(&cells[slot][lane], place_of(first + lane));
-            }
+        int low = 0;
+        const auto cell_at = [&](int first) {
+            return lane < kKeys && first + lane < end ? survivors.cell(first + lane, low) : -1;
         };
-        int cell = is_mine(begin) ? *place_of(begin + lane) : -1;
-        load(p.keys, first_row, kv_head, cell, keys);
-        ask(begin + kKeys, 1);
-        commit_copies();
-        load(p.values, first_row, kv_head, cell, values);
-        commit_copies();
+        int next = cell_at(begin);
         float own[kSteps][4];
 #pragma unroll
         for (int z = 0; z < kQuads; ++z) {
@@ -209,35 +200,39 @@ template <DType type, int n_channels, int n_most, int n_keys, int n_warps, bool 
                 }
             }
         }
-        int slot = 0;
+        int cell = -1;
+        // Each chunk asks for the next one, and before the first there is one that does nothing else.
 #pragma unroll 1
-        for (int first = begin; first < end; first += kKeys) {
+        for (int first = begin - kKeys; first < end; first += kKeys) {
+            const bool has_keys = first >= begin;
             const bool has_next = first + kKeys < end;
-            float weight[kQuads][kKeys / 8];
-            wait_for_copies<1>();
+            float weight[kQuads][kKeys / 8] = {};
+            if (has_keys) {
+                wait_for_copies<1>();
+                __syncwarp();
+                score(weight, first, end, cell, mask);
+            }
             __syncwarp();
-            score(weight, first, end, cell, mask);
-            __syncwarp();
-            const int next = is_mine(first + kKeys) ? cells[1 - slot][lane] : -1;
             if (has_next) {
                 load(p.keys, first_row, kv_head, next, keys);
-                ask(first + 2 * kKeys, slot);
             }
             commit_copies();
+            if (has_keys) {
 #pragma unroll
-            for (int z = 0; z < kQuads; ++z) {
-                weigh(weight[z], z);
+                for (int z = 0; z < kQuads; ++z) {
+                    weigh(weight[z], z);
+                }
+                wait_for_copies<1>();
+                __syncwarp();
+                add(weight);
             }
-            wait_for_copies<1>();
-            __syncwarp();
-            add(weight);
             __syncwarp();
             if (has_next) {
                 load(p.values, first_row, kv_head, next, values);
             }
             commit_copies();
             cell = next;
-            slot = 1 - slot;
+            next = cell_at(first + 2 * kKeys);
         }
         wait_for_copies();
         __syncwarp();

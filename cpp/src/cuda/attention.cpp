@@ -186,7 +186,6 @@ struct Workspace::Storage {
         int64_t n_row = 0;
         int64_t n_blocks = 0;
         int64_t n_slot = 0;
-        int value_dim = 0;
     } room;
     Memory memory;
 
@@ -234,7 +233,7 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     Storage & s = *storage_;
     const int64_t n_slot = index.planes().slot(index.n_stream(), 0, 0);
     if (n_group * groups.n_shared <= s.room.n_query && n_group <= s.room.n_group && n_row <= s.room.n_row &&
-        index.planes().n_blocks <= s.room.n_blocks && n_slot <= s.room.n_slot && index.planes().value_dim <= s.room.value_dim) {
+        index.planes().n_blocks <= s.room.n_blocks && n_slot <= s.room.n_slot) {
         return;
     }
     // As problem() lays it out, for the largest shape in each respect.
@@ -244,14 +243,13 @@ void Workspace::reserve(const CacheIndex & index, int n_head, int n_row) {
     room.n_row = std::max<int64_t>(room.n_row, n_row);
     room.n_blocks = std::max<int64_t>(room.n_blocks, index.planes().n_blocks);
     room.n_slot = std::max(room.n_slot, n_slot);
-    room.value_dim = std::max(room.value_dim, index.planes().value_dim);
     const size_t q = static_cast<size_t>(room.n_query);
     const size_t g = static_cast<size_t>(room.n_group);
     const size_t blocks = static_cast<size_t>(room.n_blocks);
     const size_t cells = blocks * kBlockCells;
     const size_t shares = static_cast<size_t>(n_processors_) + g * kMostRounds;  // of all groups together
-    const size_t bytes = q * (64 + cells + blocks * 4) + g * (64 + cells * 4 + blocks * (16 + 4 * kMaxShared)) +
-                         shares * (16 + kMaxShared * (static_cast<size_t>(room.value_dim) * 4 + sizeof(ShareHead))) +
+    const size_t bytes = q * (64 + cells) + g * (64 + blocks * (16 + bytes_of_share_block(kMaxShared))) +
+                         shares * (sizeof(ShareCounts) + kMaxShared * sizeof(ShareHead) + kPartStride * sizeof(float)) +
                          static_cast<size_t>(room.n_slot) * 4 +
                          static_cast<size_t>(room.n_row) * (sizeof(Sight) + (blocks + 1) * 8) + 32 * 256;
     const OnDevice on(device_);
@@ -300,9 +298,6 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     p.compensate = op.settings.compensate;
     p.check = op.settings.check;
     p.spares_uniform = !op.settings.check && op.settings.epsilon > 0;
-    // A short scan leaves L2 to what is read again, the code of the kernels among it; a long one is slower for it.
-    constexpr int64_t kMostReadOnce = int64_t{96} << 20;
-    p.reads_once = static_cast<int64_t>(p.n_group) * p.n_blocks * kBlockCells * p.planes.width() <= kMostReadOnce;
     p.share_out(n_processors_);
     p.most_shared = most_shared_;
 
@@ -319,19 +314,15 @@ Problem Workspace::problem(const CacheIndex & index, const AttentionOp & op) {
     const size_t g = static_cast<size_t>(p.n_group);
     const size_t blocks = static_cast<size_t>(p.n_blocks);
     const size_t shares = static_cast<size_t>(p.n_share);
-    const size_t n_shared = static_cast<size_t>(p.n_shared);
-    const size_t value_dim = static_cast<size_t>(p.values.dim);
     p.pending = parts.take<int32_t>(static_cast<size_t>(s.room.n_slot));
     p.reference = parts.take<float>(q);
     p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);
-    p.slack = parts.take<float>(q * blocks);
-    p.weights = parts.take<float>(g * blocks * kMaxShared);
+    p.far_cells = parts.take<std::byte>(g * blocks * bytes_of_share_block(kMaxShared));
     p.kept = parts.take<uint64_t>(g * blocks);
-    p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
     p.bounded = parts.take<uint64_t>(g * blocks);
     p.counts = parts.take<ShareCounts>(shares);
-    p.of_share = parts.take<ShareHead>(shares * n_shared);
-    p.part = parts.take<float>(shares * n_shared * value_dim);
+    p.of_share = parts.take<ShareHead>(shares * kMaxShared);
+    p.part = parts.take<float>(shares * kPartStride);
     if (parts.bytes() > s.memory.bytes()) {
         throw Error("louver: the CUDA workspace is smaller than an op needs (" + std::to_string(s.memory.bytes()) + " of " +
                     std::to_string(parts.bytes()) + " bytes)");
@@ -363,6 +354,8 @@ void Workspace::scan(const CacheIndex & index, const AttentionOp & op, void * st
     p.queued = nullptr;  // nothing is noted
     launch_scan(p, as_stream(stream));
 }
+
+size_t Workspace::least_shared(const CacheIndex & index, const AttentionOp & op) { return attend_bytes(problem(index, op)); }
 
 bool Workspace::fits(const CacheIndex & index, const AttentionOp & op) { return cuda::fits(problem(index, op)); }
 

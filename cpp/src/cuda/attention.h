@@ -133,6 +133,9 @@ class Workspace {
     // Whether the device has the shared memory that the op's kernels want. Room has been made for the op.
     bool fits(const CacheIndex & index, const AttentionOp & op);
 
+    // Bytes of a thread block's shared memory that an op wants at least; with more, less goes through global memory.
+    size_t least_shared(const CacheIndex & index, const AttentionOp & op);
+
     // For tests: as on a device where a thread block has no more shared memory than this.
     void limit_shared(size_t bytes) { most_shared_ = std::min(most_shared_, bytes); }
 

@@ -20,7 +20,7 @@ template <DType type> __global__ void __launch_bounds__(kWarps * 32) compare(con
     int threshold = kAttendAll;
     const GroupShares shares = p.shares_of_group(group);
     for (int share = shares.first; share < shares.first + shares.n; ++share) {
-        threshold = max(threshold, p.of_share[static_cast<int64_t>(share) * p.n_shared + i].threshold);
+        threshold = max(threshold, p.of_share[static_cast<int64_t>(share) * kMaxShared + i].threshold);
     }
     const bool all = threshold == kAttendAll;
     const float reference = all ? 0.0f : p.reference[query];

@@ -11,7 +11,7 @@ __device__ inline void raise(double * most, double value) {  // of non-negative 
 
 // Written by other thread blocks of the same kernel: not from L1.
 __device__ __forceinline__ ShareHead share_head(const Problem & p, int share, int i) {
-    const auto * from = reinterpret_cast<const float4 *>(p.of_share + static_cast<int64_t>(share) * p.n_shared + i);
+    const auto * from = reinterpret_cast<const float4 *>(p.of_share + static_cast<int64_t>(share) * kMaxShared + i);
     const float4 first = __ldcg(from);
     const float4 second = __ldcg(from + 1);
     ShareHead head;
@@ -24,8 +24,13 @@ __device__ __forceinline__ ShareHead share_head(const Problem & p, int share, in
     return head;
 }
 
+// Shares whose numbers are on their way together: an answer takes as long as all other work. 8 groups on the 132 processors of
+// an H200 have 17 at most.
+inline constexpr int kSharesAtOnce = 18;
+
 // The mass of the shares [first, first + n), with what is added, in the unit 2^peak of the largest. By a warp, the same in all
-// lanes; and by what the shares of query i count: factors [n].
+// lanes; and by what the shares of query i count: factors [n + kSharesAtOnce], the last
+// ones 0.
 __device__ __forceinline__ float add_masses(const Problem & p, int first, int n, int i, float * factors) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     ShareHead head = share_head(p, first + min(lane, n - 1), i);
@@ -47,6 +52,9 @@ __device__ __forceinline__ float add_masses(const Problem & p, int first, int n,
         mass += head.peak != -infinity() ? head.kept * factor : head.kept;
         mass += head.compensation > 0 ? head.compensation * unit : 0.0f;
         factors[share] = factor;
+    }
+    for (int share = n + lane; share < n + kSharesAtOnce; share += 32) {
+        factors[share] = 0;
     }
     return sum_of_warp(mass);
 }
@@ -71,9 +79,10 @@ struct AllShares {
             dropped += head.dropped;
             least += head.least;
             threshold = max(threshold, head.threshold);
-            scanned += __ldcg(&p.counts[first + share].scanned);
-            attended += __ldcg(&p.counts[first + share].attended);
-            value_norm = fmaxf(value_norm, __ldcg(&p.counts[first + share].value_norm));
+            const int4 counts = __ldcg(reinterpret_cast<const int4 *>(p.counts + first + share));
+            scanned += counts.x;
+            attended += counts.y;
+            value_norm = fmaxf(value_norm, __int_as_float(counts.z));
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {  // side by side
@@ -174,86 +183,66 @@ template <int n_most, int n_channels> struct CombineShared {
     float squares[n_most * n_channels / 32];  // of 32 channels of the output each
 };
 
-// By a whole thread block, once the shares [first, first + n) of the group are there. To each query a warp adds the shares up,
-// another works the certificate out; the rest add the channels up, and where they are few, all do. references: [n_most]. Scratch:
-// factors [n_most][n].
+// By a whole thread block, once the shares [first, first + n) of the group are there. A warp to each query adds the shares'
+// masses up, another works the certificate out, and all add the outputs up, a thread to a channel. references: [n_most]. Scratch:
+// factors [n_most][n + kSharesAtOnce].
 template <int n_channels, int n_most, int n_warps>
 __device__ __forceinline__ void combine_group(const Problem & p, int group, int first, int n, int met, const float * references,
                                               CombineShared<n_most, n_channels> & s, float * factors) {
-    constexpr int kCertifier = n_warps >= 2 * n_most ? n_most : 0;
-    constexpr int kWorkers = n_warps - 2 * n_most > n_warps / 2 ? n_warps - 2 * n_most : n_warps / 2;
-    constexpr int kThreads = 32 * kWorkers;
-    constexpr int kItems = (n_most * n_channels + kThreads - 1) / kThreads;     // channels to a thread
-    constexpr int kAtOnce = kItems <= 2 ? 16 : kItems <= 16 ? 32 / kItems : 2;  // shares
+    constexpr int kCertifier = n_warps - n_most;
     static_assert(n_most <= n_warps && n_channels % 32 == 0);
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int dim = p.values.dim;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / 32;
+    const int lane = thread % 32;
     const int n_query = p.n_query_of(group);
-    const bool leads = warp < n_query;
+    const int n_items = n_query * n_channels;
     const int certified_query = warp - kCertifier;
     const bool certifies = certified_query >= 0 && certified_query < n_query;
-    const bool works = warp >= n_warps - kWorkers;
-    const auto number = [&](int item) { return static_cast<int>(threadIdx.x) - 32 * (n_warps - kWorkers) + item * kThreads; };
-    const auto query_of = [&](int item) { return number(item) / n_channels; };
-    const auto channel_of = [&](int item) { return number(item) % n_channels; };
-    const auto is_there = [&](int item) { return works && query_of(item) < n_query; };  // the same in a warp
-    const int stride = p.n_shared * dim;
     AllShares all;
-    float out[kItems] = {};
 #pragma unroll 1
-    for (int begin = 0; begin < n; begin += kAtOnce) {
-        float x[kAtOnce][kItems];
+    for (int item = thread; item - thread < n_items; item += 32 * n_warps) {
+        const bool is_there = item < n_items;  // the same in a warp
+        const int i = item / n_channels;
+        const int c = item % n_channels;
+        const float * from = p.part + static_cast<int64_t>(first) * kPartStride + i * kMaxKernelDim + c;
+        const float * factor = factors + i * (n + kSharesAtOnce);
+        float value = 0;
+#pragma unroll 1
+        for (int begin = 0; begin < n; begin += kSharesAtOnce) {
+            float x[kSharesAtOnce];
 #pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-            if (is_there(item)) {
-                const float * from =
-                    p.part + static_cast<int64_t>(first + begin) * stride + query_of(item) * dim + min(channel_of(item), dim - 1);
-#pragma unroll
-                for (int u = 0; u < kAtOnce; ++u) {
-                    if (begin + u < n) {
-                        x[u][item] = __ldcg(from + static_cast<int64_t>(u) * stride);
+            for (int u = 0; u < kSharesAtOnce; ++u) {
+                x[u] = is_there && begin + u < n ? __ldcg(from + u * kPartStride) : 0.0f;
+            }
+            if (begin == 0 && item == thread) {  // while the first are on their way
+                if (warp < n_query) {
+                    const float mass = add_masses(p, first, n, warp, factors + warp * (n + kSharesAtOnce));
+                    if (lane == 0) {
+                        // No visible cell: 0, as stock.
+                        s.inverse[warp] = mass > 0 || isnan(mass) ? 1.0f / mass : 0.0f;
                     }
                 }
+                if (certifies) {
+                    all.load(p, first, n, certified_query);
+                }
+                __syncthreads();
             }
-        }
-        if (begin == 0) {  // while the first are on their way
-            if (leads) {
-                const float mass = add_masses(p, first, n, warp, factors + warp * n);
-                if (lane == 0) {
-                    // No visible cell: 0, as stock.
-                    s.inverse[warp] = mass > 0 || isnan(mass) ? 1.0f / mass : 0.0f;
+            if (is_there) {
+#pragma unroll
+                for (int u = 0; u < kSharesAtOnce; ++u) {
+                    value = fmaf(x[u], factor[begin + u], value);
                 }
             }
-            if (certifies) {
-                all.load(p, first, n, certified_query);
-            }
-            __syncthreads();
+            from += kSharesAtOnce * kPartStride;
         }
-#pragma unroll
-        for (int item = 0; item < kItems; ++item) {
-            if (is_there(item)) {
-#pragma unroll
-                for (int u = 0; u < kAtOnce; ++u) {
-                    if (begin + u < n) {
-                        out[item] = fmaf(x[u][item], factors[query_of(item) * n + begin + u], out[item]);
-                    }
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int item = 0; item < kItems; ++item) {
-        if (is_there(item)) {
-            const int i = query_of(item);
-            const int c = channel_of(item);
-            const float value = c < dim ? out[item] * s.inverse[i] : 0.0f;
-            if (c < dim) {
+        if (is_there) {
+            value = c < p.values.dim ? value * s.inverse[i] : 0.0f;
+            if (c < p.values.dim) {
                 p.output_of(group, i)[c] = value;
             }
             const float squared = sum_of_warp(value * value);
             if (lane == 0) {
-                s.squares[number(item) / 32] = squared;
+                s.squares[item / 32] = squared;
             }
         }
     }

@@ -188,7 +188,6 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
     const size_t blocks = static_cast<size_t>(p.n_blocks);
     const size_t slots = static_cast<size_t>(p.n_head_kv) * blocks;
     const size_t shares = static_cast<size_t>(p.n_share);
-    const size_t n_shared = static_cast<size_t>(p.n_shared);
     const size_t value_dim = static_cast<size_t>(values.dim);
     const bool attends = values.dim > 0;
     size_t zeros = 0;
@@ -204,7 +203,6 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
         op.query = parts.take<float>(n_head * static_cast<size_t>(keys_.dim));
         p.reference = parts.take<float>(q);
         p.bins = parts.take<uint8_t>(q * blocks * kBlockCells);
-        p.slack = parts.take<float>(q * blocks);
         if (!attends) {
             op.reference = parts.take<float>(q);
             op.tau = parts.take<double>(q);
@@ -214,12 +212,11 @@ DeviceIndex::Op DeviceIndex::lay_out(int n_gqa, const Plane & values) {
             op.search.n_scored = parts.take<unsigned long long>(2);
             return parts.bytes();
         }
-        p.weights = parts.take<float>(g * blocks * kMaxShared);
+        p.far_cells = parts.take<std::byte>(g * blocks * bytes_of_share_block(kMaxShared));
         p.kept = parts.take<uint64_t>(g * blocks);
-        p.survivors = parts.take<int32_t>(g * blocks * kBlockCells);
         p.counts = parts.take<ShareCounts>(shares);
-        p.of_share = parts.take<ShareHead>(shares * n_shared);
-        p.part = parts.take<float>(shares * n_shared * value_dim);
+        p.of_share = parts.take<ShareHead>(shares * kMaxShared);
+        p.part = parts.take<float>(shares * kPartStride);
         p.without_scan = parts.take<uint8_t>(g);
         p.certificates = parts.take<HeadCertificate>(n_head);
         p.totals = parts.take<Totals>(1);

@@ -4,103 +4,48 @@
 
 #include "cuda/certify.cuh"
 #include "cuda/scan.cuh"
+#include "cuda/share_cells.cuh"
 
 namespace louver::cuda {
 
-inline constexpr int kDropWarps = 4;  // that add mean values, while the others attend
+inline constexpr int kDropWarps = 4;  // that see to what is dropped, while the others attend
 
-// n_warps: of the thread block.
-template <int n_most, int n_warps> struct DropShared {
-    float edge[kBins];  // the weight at each bin's upper edge, but for kEdgeFactor
-    // Of each warp's blocks, then of all.
-    float dropped[n_warps][n_most];
-    float compensation[n_warps][n_most];
-    float value_norm[n_warps];
-    float all_dropped[n_most];
-    float all_compensation[n_most];
-    float longest;
-
-    // By a whole thread block.
-    __device__ __forceinline__ void fill_edges() {
-        for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += n_warps * 32) {
-            edge[bin] =
-                bin == kBins - 1 ? 0.0f : exp2_fast(static_cast<float>(bin + 1 - kReferenceBin) * (1.0f / kBinsPerOctave));
-        }
-    }
-
-    // By each warp.
-    __device__ __forceinline__ void note(const float (&of_dropped)[n_most], const float (&of_compensation)[n_most],
-                                         float longest_value) {
-        const int warp = static_cast<int>(threadIdx.x) / 32;
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-        for (int i = 0; i < n_most; i += 4) {
-            float both[8];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                both[k] = of_dropped[i + k];
-                both[4 + k] = of_compensation[i + k];
-            }
-            const float sum = sum_of_warp(both);
-            if (lane % 4 == 0) {
-                (lane < 16 ? dropped : compensation)[warp][i + lane / 4 % 4] = sum;
-            }
-        }
-        longest_value = largest_of_warp(longest_value);
-        if (lane == 0) {
-            value_norm[warp] = longest_value;
-        }
-    }
-
-    // By warp `worker` of kDropWarps, once the thread block has met. Every sum of n_own blocks is rounded up for its additions.
-    __device__ __forceinline__ void add_up(int worker, int n_own) {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        const bool is_there = lane < n_warps;
-        const int warp = is_there ? lane : 0;
-        const float rounding = 1.0f + 0x1p-23f * static_cast<float>(n_own + 32);
-#pragma unroll 1
-        for (int i = worker; i < n_most; i += kDropWarps) {
-            const float sum = sum_of_warp(is_there ? dropped[warp][i] : 0.0f);
-            const float added = sum_of_warp(is_there ? compensation[warp][i] : 0.0f);
-            const float most = largest_of_warp(value_norm[warp]);
-            if (lane == 0) {
-                all_dropped[i] = sum * (kEdgeFactor * rounding);
-                all_compensation[i] = added;
-                longest = most;
-            }
-        }
-    }
+// What each of these warps found.
+template <int n_most> struct DropShared {
+    float weight[kDropWarps][n_most];        // upper bound
+    float compensation[kDropWarps][n_most];  // weight that is added
+    float value_norm[kDropWarps];            // of any value
 };
 
-// 4 bits as 4 bytes of 0 or 255.
-__device__ __forceinline__ uint32_t as_bytes(uint32_t bits) { return ((bits & 0xfu) * 0x00204081u & 0x01010101u) * 0xffu; }
-
-// The weights at the upper edges of 4 bins.
-__device__ __forceinline__ float edges(const float * edge, uint32_t bins) {
-    return (edge[bins & 0xffu] + edge[bins >> 8 & 0xffu]) + (edge[bins >> 16 & 0xffu] + edge[bins >> 24]);
-}
-
-// The mean values of the first `n` of the blocks, each times its weights; by warp `worker` of kDropWarps. sums: [n_most]
-// [n_channels], all of them written once the thread block has met, because they may lie where others work; those behind the
-// values' last channel have no meaning.
+// By warp `worker` of kDropWarps, while the others attend. n_query: 0 if nothing is dropped. sums: [n_most][n_channels], the mean
+// values times their weights, all of them written once the thread block has met, because they may lie where others work; those
+// behind the values' last channel have no meaning.
 template <int n_most, int n_channels>
-__device__ __forceinline__ void add_means(const Problem & p, int group, const OwnBlocks & own, int n, int worker, float * sums) {
+__device__ __forceinline__ void add_dropped(const Problem & p, int group, const OwnBlocks & own, const ShareCells & cells,
+                                            int n_query, int worker, DropShared<n_most> & found, float * sums) {
     constexpr int kWords = n_channels / 64;  // of 2 channels, to a lane
-    constexpr int kAtOnce = n_most * kWords <= 8 ? 8 : 4;
+    constexpr int kAtOnce = 4;               // blocks: 8 lanes to each, 8 cells to a lane
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int byte = lane % 8;
     const int channel = min(lane * 2 * kWords, p.planes.value_dim - 2 * kWords);
     const int64_t first_slot = p.slot_of(group, 0);
-    const float * weights = p.weights + static_cast<int64_t>(group) * p.n_blocks * kMaxShared;
+    const int n = n_query > 0 ? own.n : 0;
     float added[n_most][kWords][2] = {};
+    float all[n_most] = {};           // of the lane's cells
+    float compensation[n_most] = {};  // of the lane's blocks, the same in 8 lanes
+    float longest = 0;
 #pragma unroll 1
-    for (int first = worker; first < n; first += kDropWarps * kAtOnce) {
-        uint32_t means[kAtOnce][kWords];
-        float4 weight[kAtOnce][n_most / 4];
+    for (int first = worker * kAtOnce; first < n; first += kDropWarps * kAtOnce) {
+        const int j = min(first + lane / 8, n - 1);
+        const uint32_t drops = first + lane / 8 < n ? reinterpret_cast<const uint8_t *>(cells.dropped + j)[byte] : 0u;
+        const uint32_t drop_some = __ballot_sync(~0u, drops != 0);  // 8 lanes to a block
+        uint32_t means[kAtOnce][kWords] = {};                       // a block's that nothing is dropped of may be anything
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
-            const int j = first + u * kDropWarps;
-            const int block = own.at(min(j, n - 1));
-            const uint16_t * from = p.planes.means_of(first_slot + block) + channel;
+            if ((drop_some >> 8 * u & 0xffu) == 0 || !p.compensate) {
+                continue;
+            }
+            const uint16_t * from = p.planes.means_of(first_slot + own.at(first + u)) + channel;
             if constexpr (kWords == 1) {
                 means[u][0] = *reinterpret_cast<const uint32_t *>(from);
             } else if constexpr (kWords == 2) {
@@ -114,27 +59,70 @@ __device__ __forceinline__ void add_means(const Problem & p, int group, const Ow
                 means[u][2] = words.z;
                 means[u][3] = words.w;
             }
+        }
+        longest = drops != 0 ? fmaxf(longest, cells.longest[j]) : longest;
+        float weight[n_most] = {};
 #pragma unroll
-            for (int i = 0; i < n_most / 4; ++i) {
-                weight[u][i] = *reinterpret_cast<const float4 *>(weights + static_cast<int64_t>(block) * kMaxShared + 4 * i);
-                if (j >= n) {
-                    weight[u][i] = {0, 0, 0, 0};
+        for (int i = 0; i < n_most; ++i) {
+            if (i >= n_query) {
+                continue;
+            }
+            const uint2 bins = *reinterpret_cast<const uint2 *>(cells.bins + (j * n_most + i) * kBlockCells + byte * 8);
+            float most = 0;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const float chord = chord_of(e < 4 ? bins.x : bins.y, e % 4);
+                if ((drops >> e & 1) != 0) {
+                    most += chord;
                 }
             }
+            all[i] += most;
+            // The slack's middle, where the score most likely is. Where nothing is dropped the slack has no meaning.
+            weight[i] = drops != 0 && p.compensate ? most * (kMeanOfBin * exp2_fast(-cells.slack[j * n_most + i])) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < n_most; ++i) {
+            if (i >= n_query) {
+                continue;
+            }
+#pragma unroll
+            for (int bit = 1; bit < 8; bit *= 2) {
+                weight[i] += __shfl_xor_sync(~0u, weight[i], bit);
+            }
+            compensation[i] += weight[i];
         }
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
+            float by[n_most];
 #pragma unroll
             for (int i = 0; i < n_most; ++i) {
-                const float4 & four = weight[u][i / 4];
-                const float by = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+                by[i] = __shfl_sync(~0u, weight[i], 8 * u);
+            }
 #pragma unroll
-                for (int w = 0; w < kWords; ++w) {
-                    added[i][w][0] = fmaf(by, __uint_as_float(means[u][w] << 16), added[i][w][0]);
-                    added[i][w][1] = fmaf(by, __uint_as_float(means[u][w] & 0xffff0000u), added[i][w][1]);
+            for (int w = 0; w < kWords; ++w) {
+                const float low = __uint_as_float(means[u][w] << 16);
+                const float high = __uint_as_float(means[u][w] & 0xffff0000u);
+#pragma unroll
+                for (int i = 0; i < n_most; ++i) {
+                    added[i][w][0] = fmaf(by[i], low, added[i][w][0]);
+                    added[i][w][1] = fmaf(by[i], high, added[i][w][1]);
                 }
             }
         }
+    }
+#pragma unroll
+    for (int i = 0; i < n_most; ++i) {
+        all[i] = sum_of_warp(all[i]);
+        compensation[i] += __shfl_xor_sync(~0u, compensation[i], 8);
+        compensation[i] += __shfl_xor_sync(~0u, compensation[i], 16);
+        if (lane == 0) {
+            found.weight[worker][i] = all[i];
+            found.compensation[worker][i] = compensation[i];
+        }
+    }
+    longest = largest_of_warp(longest);
+    if (lane == 0) {
+        found.value_norm[worker] = longest;
     }
     __syncthreads();
 #pragma unroll

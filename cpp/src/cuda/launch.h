@@ -19,6 +19,9 @@ void launch_attend(const Problem & p, cudaStream_t stream);
 // The bounds alone, sorted into bins; which blocks are to be encoded is noted.
 void launch_scan(const Problem & p, cudaStream_t stream);
 
+// Bytes of shared memory that a step wants at least.
+size_t attend_bytes(const Problem & p);
+
 // Whether a step has the shared memory that it wants, and its counts the bits.
 bool fits(const Problem & p);
 

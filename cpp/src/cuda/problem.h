@@ -28,8 +28,18 @@ inline constexpr float kLargeUnit = 0x1p-4f;
 inline constexpr float kLargeMass = 0x1p35f;
 inline constexpr int kMostBlockBits = 20;
 
-// Blocks of a share at most: its sums of float32 have no more additions one after another than their margins cover.
-inline constexpr int kMostOwnBlocks = 1 << 14;
+// Blocks of a share at most: its sums of float32 have no more additions one after another than their margins cover, and an
+// eighth of its cells, a warp's part, has numbers of 16 bits.
+inline constexpr int kMostOwnBlocks = 1 << 13;
+
+// Bytes to a block of what a share keeps between scan and attention (ShareCells).
+constexpr size_t bytes_of_share_block(int n_most) {
+    const auto n = static_cast<size_t>(n_most);
+    return (n * (kBlockCells + 4) + kBlockCells * 2 + 24 + 4 + 15) / 16 * 16;
+}
+
+// Floats of a share's output, all of them a constant apart, whatever the shape: an address is a fixed distance from another.
+inline constexpr int kPartStride = kMaxShared * kMaxKernelDim;
 
 inline constexpr int kAttendAll = -1;
 
@@ -104,10 +114,11 @@ struct alignas(16) ShareHead {
     int32_t unused[2];
 };
 
-struct ShareCounts {
+struct alignas(16) ShareCounts {
     int32_t scanned;
     int32_t attended;
     float value_norm;  // of any dropped value
+    int32_t unused;
 };
 
 // What kernels divide group numbers by: a division in full is a third of what a short kernel has to fetch of code. Exact for
@@ -123,6 +134,18 @@ struct Divisor {
         return static_cast<int>((static_cast<float>(a) + 0.5f) * by.inverse);
     }
     friend LOUVER_BOTH int operator%(int a, const Divisor & by) { return a - a / by * by.value; }
+};
+
+// How a group's blocks are dealt to its shares: the first `longer` have one more than `each`.
+struct Deal {
+    int each = 0;
+    int longer = 0;
+
+    Deal() = default;
+    Deal(int n_blocks, int n_share) : each(n_blocks / n_share), longer(n_blocks % n_share) {}
+    LOUVER_BOTH int n_of(int share) const { return each + (share < longer ? 1 : 0); }
+    // Blocks that lie before those of a share, if they are put share by share.
+    LOUVER_BOTH int begin_of(int share) const { return share * each + (share < longer ? share : longer); }
 };
 
 // A group and its shares.
@@ -168,7 +191,6 @@ struct Problem {
     bool compensate;
     bool check;
     size_t most_shared;   // bytes of shared memory that a thread block may have
-    bool reads_once;      // the scan's codes are not to stay in L2
     bool spares_uniform;  // heads that attended to nearly all keys lately are not scanned
 
     // [n_group][n_shared] references in log2 units that the caller of a scan alone sets: every key whose score lies above its
@@ -182,24 +204,24 @@ struct Problem {
     int64_t visible_stride;
 
     // Scratch. A share is what a thread block has of a group: every n-th of its blocks of cells, of which it has one at least.
-    Divisor n_even;        // shares of a group,
-    Divisor n_more;        // and one more
-    int n_share;           // of all groups together; the first groups have one more if it takes that
-    float * reference;     // [n_group][n_shared] log2 units
-    uint8_t * bins;        // [n_group][n_shared][n_blocks][64]
-    float * slack;         // [n_group][n_shared][n_blocks]
-    float * weights;       // [n_group][n_blocks][kMaxShared] of the cells that are dropped, all those of a block together
-    int32_t * attend_all;  // [n_group] not 0: the caller wants all of it attended; of a scan alone: it met what is not finite
-    uint64_t * kept;       // [n_group][n_blocks]
-    int32_t * survivors;   // [n_group][n_blocks * 64]: the n-th of a group's blocks, share by share, has the n-th 64 places
-    int32_t * gave_up;     // [n_group] not 0: all was attended, as the caller wanted or for what is not finite. Or null
-    int32_t * arrived;     // [n_group] shares that are done. Zero before and after a step
-    int32_t * combined;    // [n_stream * n_head_kv] groups that are done. Zero before and after a step
-    ShareCounts * counts;  // [share]
-    ShareHead * of_share;  // [share][n_shared]
-    float * part;          // [share][n_shared][value_dim] unnormalised output relative to 2^peak
-    uint64_t * bounded;    // [n_group][n_blocks] cells that were bounded through the index; with `check` only
-    double * check_sums;   // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
+    Divisor n_even;  // shares of a group,
+    Divisor n_more;  // and one more,
+    Deal even;       // and their blocks
+    Deal more;
+    int n_share;            // of all groups together; the first groups have one more if it takes that
+    float * reference;      // [n_group][n_shared] log2 units
+    uint8_t * bins;         // [n_group][n_shared][n_blocks][64], of a scan alone and with `check`
+    std::byte * far_cells;  // [n_group][n_blocks][bytes_of_share_block(kMaxShared)] of shares that shared memory is too small for
+    int32_t * attend_all;   // [n_group] not 0: the caller wants all of it attended; of a scan alone: it met what is not finite
+    uint64_t * kept;        // [n_group][n_blocks]
+    int32_t * gave_up;      // [n_group] not 0: all was attended, as the caller wanted or for what is not finite. Or null
+    int32_t * arrived;      // [n_group] shares that are done. Zero before and after a step
+    int32_t * combined;     // [n_stream * n_head_kv] groups that are done. Zero before and after a step
+    ShareCounts * counts;   // [share]
+    ShareHead * of_share;   // [share][kMaxShared]
+    float * part;           // [share][kMaxShared][kMaxKernelDim] unnormalised output relative to 2^peak
+    uint64_t * bounded;     // [n_group][n_blocks] cells that were bounded through the index; with `check` only
+    double * check_sums;    // [n_group][n_shared][2] true mass kept and dropped; zero before and after a step
 
     // Blocks to encode: complete, with visible cells that are not indexed. Found by the scan, built at the end of the step.
     int32_t * n_pending;  // [n_stream * n_head_kv]; zero before and after a step
@@ -248,11 +270,7 @@ struct Problem {
         return shares_of_group(behind < 0 ? share / n_more : n_longer + behind / n_even);
     }
     LOUVER_BOTH int most_shares() const { return n_more.value; }
-    // Blocks that lie before those of a group's share, of n, if they are put share by share.
-    LOUVER_BOTH int share_begin(int share, int n) const {
-        const int longer = n_blocks % n;
-        return share * (n_blocks / n) + (share < longer ? share : longer);
-    }
+    LOUVER_BOTH const Deal & deal_of(const GroupShares & shares) const { return shares.n == n_even.value ? even : more; }
     // Of a KV head of a stream, among those of the op.
     LOUVER_BOTH int pair_of(int group) const { return row_of_group(group) / n_token * n_head_kv.value + kv_head_of(group); }
     LOUVER_BOTH int groups_of_pair() const { return n_token.value * n_part.value; }
@@ -276,6 +294,8 @@ struct Problem {
         }
         n_even = n_share / n_group;
         n_more = n_share / n_group + 1;
+        even = Deal(n_blocks, n_even.value);
+        more = Deal(n_blocks, n_more.value);
     }
 };
 

@@ -22,6 +22,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// Off by less than 2^-22 relatively (PTX ISA, sqrt.approx); of numbers below 2^-126 it is 0.
+__device__ __forceinline__ float sqrt_fast(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // mma.m16n8k32: sum += rows * columns, by a warp; signed bytes, in the order that cuda/planes.h describes.
 __device__ __forceinline__ void multiply_add(int (&sum)[4], const uint4 & rows, const uint32_t (&columns)[2]) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -82,10 +89,9 @@ template <int bytes> __device__ __forceinline__ void copy_async(void * to, const
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(bytes) : "memory");
     }
 }
-// 16 bytes, or as many zeros.
-__device__ __forceinline__ void copy_async_or_zero(void * to, const void * from, bool copies) {
+// 16 bytes, of which the first `bytes` are read, and the others are zeros.
+__device__ __forceinline__ void copy_async_or_zero(void * to, const void * from, int bytes) {
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    const int bytes = copies ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(from), "r"(bytes),
                  "l"(read_once())
                  : "memory");
@@ -108,7 +114,7 @@ __device__ __forceinline__ int arrive(int * count, int n) {
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch(const void * address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// What a warp waits for together: copies from global into shared memory, 16 bytes or a multiple of them each. With compute
+// What a warp waits for: a copy from global into shared memory, 16 bytes or a multiple of them. With compute
 // capability 9.0 one lane asks for a whole piece, before it every lane for its part. Its phases alternate between 0 and 1.
 class Arrival {
   public:
@@ -119,43 +125,24 @@ class Arrival {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     }
-    // The memory is no barrier any more.
-    __device__ __forceinline__ void end() { asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(address()) : "memory"); }
-    // reads_once: it is not to stay in L2. Long streams are slower with a policy, whichever it is: so there is a form without.
-    __device__ __forceinline__ void copy(void * to, const void * from, int bytes, bool reads_once) {
+    // A phase: the next wait() is for it. What is copied is not to stay in L2.
+    __device__ __forceinline__ void copy(void * to, const void * from, int bytes) {
         const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
 #if LOUVER_BULK_COPIES
         if (threadIdx.x % 32 == 0) {
-            if (reads_once) {
-                asm volatile(
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-                    "%4;" ::"r"(shared),
-                    "l"(from), "r"(bytes), "r"(address()), "l"(read_once())
-                    : "memory");
-            } else {
-                asm volatile(
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-                    "l"(from), "r"(bytes), "r"(address())
-                    : "memory");
-            }
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+                    "r"(shared),
+                "l"(from), "r"(bytes), "r"(address()), "l"(read_once())
+                : "memory");
         }
 #else
-        (void)reads_once;
         for (int at = static_cast<int>(threadIdx.x) % 32 * 16; at < bytes; at += 32 * 16) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared + static_cast<uint32_t>(at)),
                          "l"(static_cast<const std::byte *>(from) + at)
                          : "memory");
         }
-#endif
-    }
-    // Once the copies of a phase are asked for, `bytes` of them all together.
-    __device__ __forceinline__ void commit(int bytes) {
-#if LOUVER_BULK_COPIES
-        if (threadIdx.x % 32 == 0) {
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
-        }
-#else
-        (void)bytes;
         asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
 #endif
     }

@@ -14,7 +14,8 @@
 
 namespace louver::cuda {
 
-inline constexpr int kQuad = 4;  // queries to a pass of the tensor cores
+inline constexpr int kQuad = 4;   // queries to a pass of the tensor cores
+inline constexpr int kSlots = 2;  // parts of codes that a warp has or waits for
 
 // x + kMagic has round(x) in its low bits, for |x| < 2^22.
 inline constexpr float kMagic = 0x1.8p23f;
@@ -25,10 +26,17 @@ struct OwnBlocks {
     int stride;
     int n;
 
-    __device__ __forceinline__ OwnBlocks(const Problem & p, int share, int n_share)
-        : newest(p.n_blocks - 1 - share), stride(n_share), n((p.n_blocks - share + n_share - 1) / n_share) {}
     __device__ __forceinline__ int at(int j) const { return newest - j * stride; }
 };
+__device__ __forceinline__ OwnBlocks blocks_of(const Problem & p, const GroupShares & shares, int share) {
+    return {p.n_blocks - 1 - share, shares.n, p.deal_of(shares).n_of(share)};
+}
+
+// Bins of a query's cells into global memory, 8 cells to a lane.
+__device__ __forceinline__ void store_bins(const Problem & p, int group, int i, int block, uint64_t bins) {
+    uint8_t * of_block = p.bins + ((static_cast<int64_t>(group) * p.n_shared + i) * p.n_blocks + block) * kBlockCells;
+    reinterpret_cast<uint64_t *>(of_block)[threadIdx.x % 32 / 4] = bins;
+}
 
 // The queries of a group, zeros where there is none and behind the last channel. Rows are 32 bytes off, so that 4 queries are in
 // different banks.
@@ -47,7 +55,7 @@ template <int n_most, int n_warps> struct ScanShared {
     float known[n_most];              // lower bound of the probes' mass
     uint64_t lower[n_warps][n_most];  // of each warp, in kSmallUnit
     uint64_t large[n_most];           // of all of them, in kLargeUnit
-    int scanned[n_warps];
+    int scanned;                      // cells
 };
 
 // Adds a lower bound, rounded down: small ones to the caller's own sum, and the rare large ones, of keys far above the
@@ -87,131 +95,161 @@ template <int n_channels> struct LoadedQuery {
     }
 };
 
+// The probes' keys, some lanes to each, on their way too: two answers of the memory one after another, asked for at once.
+template <DType type, int n_channels, int n_warps> struct LoadedProbes {
+    static constexpr bool kGiven = false;
+    static constexpr int kLanes = n_channels / 8;          // to a probe
+    static constexpr int kAtOnce = n_warps * 32 / kLanes;  // probes
+    static constexpr int kRounds = (kProbes + kAtOnce - 1) / kAtOnce;
+    int n;
+    Eight<type> rows[kRounds];
+
+    static __device__ __forceinline__ int number(int round) { return round * kAtOnce + static_cast<int>(threadIdx.x) / kLanes; }
+    static __device__ __forceinline__ int channel() { return static_cast<int>(threadIdx.x) % kLanes * 8; }
+
+    __device__ __forceinline__ LoadedProbes(const Problem & p, int group) {
+        const Sight & sight = p.sight[p.row_of_group(group)];
+        n = sight.n_probes;
+        int cell[kRounds];
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round) {
+            cell[round] = sight.probes[min(number(round), kProbes - 1)];
+        }
+        const std::byte * from = p.keys.row(p.first_row(group), p.kv_head_of(group));
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round) {
+            rows[round].clear();
+            if (number(round) < n && channel() < p.planes.key_dim) {
+                rows[round].load(from + cell[round] * p.keys.row_stride, channel());
+            }
+        }
+    }
+    // They have to be here then.
+    __device__ __forceinline__ void widen(float (&keys)[kRounds][8]) const {
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round) {
+            rows[round].widen(keys[round]);
+        }
+    }
+};
+// The caller has references, and no key is read.
+struct NoProbes {
+    static constexpr bool kGiven = true;
+    static constexpr int kRounds = 1;
+    static constexpr int n = 0;
+
+    __device__ __forceinline__ void widen(float (&)[1][8]) const {}
+};
+
 // The queries into shared memory; their norms, and their references, the same in every thread block of a group; and what
 // the probes are known to weigh. Returns the lane's norms and references, of the queries z * kQuad + lane / 8. False: something
 // is not finite or too large, so that nothing is decided here. What begins the stream of codes is called once the few rows that
 // are needed first are here.
-template <DType type, int n_most, int n_channels, int n_warps, class Stream>
+template <int n_most, int n_channels, int n_warps, class Probes, class Stream>
 __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const LoadedQuery<n_channels> & loaded,
-                                           Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s,
-                                           float (&norm)[n_most / kQuad], float (&reference)[n_most / kQuad],
-                                           const Stream & stream) {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+                                           const Probes & probes, Queries<n_most, n_channels> & queries,
+                                           ScanShared<n_most, n_warps> & s, float (&norm)[n_most / kQuad],
+                                           float (&reference)[n_most / kQuad], const Stream & stream) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int warp = thread / 32;
+    const int lane = thread % 32;
     const int n_query = p.n_query_of(group);
     const int dim = p.planes.key_dim;
-    const Sight & sight = p.sight[p.row_of_group(group)];
-    const int n_probes = p.given != nullptr ? 0 : sight.n_probes;
-    constexpr int kPairs = (kProbes + 2 * n_warps - 1) / (2 * n_warps);
-    constexpr int kOwn = 2 * kPairs;  // probes to a warp
-    int cell[kOwn];
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        cell[k] = sight.probes[min(k * n_warps + warp, kProbes - 1)];
-    }
+    const int n_probes = probes.n;
     loaded.store(queries);
-    float keys[kOwn][8];
-    Eight<type> rows[kOwn];
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        rows[k].clear();
-        if (k * n_warps + warp < n_probes && lane * 8 < dim) {
-            rows[k].load(p.keys.row(p.first_row(group) + cell[k], p.kv_head_of(group)), lane * 8);
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-        rows[k].widen(keys[k]);
-    }
+    float keys[Probes::kRounds][8];
+    probes.widen(keys);
     stream();
-    for (int b = static_cast<int>(threadIdx.x); b < n_most * kBins; b += n_warps * 32) {
-        s.histogram[b / kBins][b % kBins] = 0;
-    }
-    if (lane < n_most) {
-        s.lower[warp][lane] = 0;
-    }
-    if (static_cast<int>(threadIdx.x) < n_most) {
-        s.large[threadIdx.x] = 0;
-    }
-    __syncthreads();  // the queries
     if (warp < n_most) {
-        double squared = 0;
+        // Scaled, so that no square overflows; what vanishes is less than is added.
+        float squared = 0;
 #pragma unroll
         for (int k = 0; k < n_channels / 32; ++k) {
-            const auto x = static_cast<double>(queries.of[warp][lane + 32 * k]);
-            squared += x * x;
+            const float x = loaded.own[k] * 0x1p-16f;
+            squared = fmaf(x, x, squared);
         }
         squared = sum_of_warp(squared);
         if (lane == 0) {
-            s.norm[warp] = static_cast<float>(sqrt(squared)) * kNormInflation;
+            s.norm[warp] = fmaf(sqrt_fast(squared), 0x1p16f * kNormInflation, 0x1p-40f);
         }
     }
-    const bool has_channels = lane * 8 < n_channels;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-        const auto number = [&](int k) { return (2 * pair + k) * n_warps + warp; };
+    for (int first = 0; first < n_most * kBins; first += n_warps * 32 * 4) {
+        if (first + thread * 4 < n_most * kBins) {
+            *reinterpret_cast<uint4 *>(&s.histogram[0][0] + first + thread * 4) = {};
+        }
+    }
+    if (thread < n_most) {
+        s.large[thread] = 0;
+        s.scanned = 0;
+    }
+    __syncthreads();  // the queries
+    if constexpr (!Probes::kGiven) {
+        constexpr int kLanes = Probes::kLanes;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int round = 0; round < Probes::kRounds; ++round) {
+            const int number = Probes::number(round);
             float squared = 0;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                squared = fmaf(keys[2 * pair + k][e], keys[2 * pair + k][e], squared);
+                squared = fmaf(keys[round][e], keys[round][e], squared);
             }
-            squared = sum_of_warp(squared);
-            if (lane == 0 && number(k) < kProbes) {
-                s.probe_norm[number(k)] = sqrtf(squared) * kNormInflation;
+#pragma unroll
+            for (int bit = 1; bit < kLanes; bit *= 2) {
+                squared += __shfl_xor_sync(~0u, squared, bit);
             }
-        }
+            float dots[n_most];
 #pragma unroll
-        for (int z = 0; z < n_most / kQuad; ++z) {
-            float dots[8];
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                dots[k] = 0;
-                const float * query = &queries.of[z * kQuad + k % kQuad][has_channels ? lane * 8 : 0];
+            for (int i = 0; i < n_most; ++i) {
+                dots[i] = 0;
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
-                    dots[k] = fmaf(query[e], keys[2 * pair + k / kQuad][e], dots[k]);
+                    dots[i] = fmaf(queries.of[i][Probes::channel() + e], keys[round][e], dots[i]);
                 }
             }
-            const float dot = sum_of_warp(dots);
-            if (lane % 4 == 0 && number(lane / 16) < kProbes) {
-                s.probe[z * kQuad + lane / 4 % kQuad][number(lane / 16)] = dot;
+            const float dot = transposed_sum<n_most, kLanes>(dots);
+            if (number < kProbes) {
+                if (lane % kLanes < n_most) {
+                    s.probe[lane % kLanes][number] = dot;
+                }
+                s.probe_norm[number] = fmaf(sqrt_fast(squared), kNormInflation, 0x1p-60f);
             }
         }
+        __syncthreads();
     }
-    __syncthreads();
     bool finite = true;
 #pragma unroll
     for (int z = 0; z < n_most / kQuad; ++z) {
         const int i = z * kQuad + lane / 8;
         norm[z] = s.norm[i];
         float peak = n_probes > 0 ? -infinity() : 0.0f;
-        if (p.given != nullptr) {
-            peak = p.given[group * p.n_shared + min(i, n_query - 1)];
-        }
         float score[kProbes / 8];
+        if constexpr (Probes::kGiven) {
+            peak = p.given[group * p.n_shared + min(i, n_query - 1)];
+        } else {
 #pragma unroll
-        for (int k = 0; k < kProbes / 8; ++k) {
-            score[k] = k * 8 + lane % 8 < n_probes ? s.probe[i][k * 8 + lane % 8] * p.to_log2 : -infinity();
-            peak = fmaxf(peak, score[k]);
-            finite = finite && (k * 8 + lane % 8 >= n_probes || isfinite(score[k]));
-        }
+            for (int k = 0; k < kProbes / 8; ++k) {
+                const float x = s.probe[i][k * 8 + lane % 8] * p.to_log2;
+                const bool is_there = k * 8 + lane % 8 < n_probes;
+                score[k] = is_there ? x : -infinity();
+                peak = fmaxf(peak, score[k]);
+                finite = finite && (!is_there || fabsf(x) < infinity());
+            }
 #pragma unroll
-        for (int bit = 1; bit < 8; bit *= 2) {
-            peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, bit));
+            for (int bit = 1; bit < 8; bit *= 2) {
+                peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, bit));
+            }
         }
         reference[z] = i < n_query ? peak : 0.0f;
-        finite = finite && isfinite(reference[z]) && norm[z] <= kMaxQueryNorm;
-        if (warp == 0) {
+        finite = finite && fabsf(reference[z]) < infinity() && norm[z] <= kMaxQueryNorm;
+        if (!Probes::kGiven && warp == 0) {
             // Exact weights, less what float32 may be off by.
             const float unit = (2.0f * static_cast<float>(dim) + 16.0f) * kUnit * 1.001f * p.to_log2 * norm[z];
             float known = 0;
 #pragma unroll
             for (int k = 0; k < kProbes / 8; ++k) {
-                const int at = k * 8 + lane % 8;
-                const float x = at < n_probes ? score[k] - reference[z] - unit * s.probe_norm[at] : -infinity();
-                known += exp2_fast(x);
+                // Behind the last probe there is nothing, of no weight.
+                known += exp2_fast(fmaf(-unit, s.probe_norm[k * 8 + lane % 8], score[k] - reference[z]));
             }
 #pragma unroll
             for (int bit = 1; bit < 8; bit *= 2) {
@@ -230,41 +268,35 @@ __device__ __forceinline__ bool begin_scan(const Problem & p, int group, const L
 template <int n_tiles, int n_quarters> struct Stage {
     static constexpr int kQuartersOfPart = n_quarters;
     static constexpr int kParts = 4 / kQuartersOfPart;  // of a block
-    static constexpr int kSlots = 2;
     static constexpr int kPartBytes = kQuartersOfPart * n_tiles * 32 * 16;
     uint4 codes[kSlots][kQuartersOfPart][n_tiles][32];
     uint4 grid[8 * n_tiles];  // centres, then steps, in the order of grid_position
-    Arrival codes_here[kSlots];
-    Arrival grid_here;
+};
+
+// What tells a warp that its copies are there. Where nothing else will ever lie, so that it need not end.
+struct StageArrivals {
+    Arrival codes[kSlots];
+    Arrival grid;
 
     // By a lane; the warp has to meet before it is used.
     __device__ __forceinline__ void init() {
 #pragma unroll
-        for (int at = 0; at < kSlots; ++at) {
-            codes_here[at].init();
+        for (Arrival & of_slot : codes) {
+            of_slot.init();
         }
-        grid_here.init();
-    }
-    // By a lane, once the warp has met: what was here is memory again.
-    __device__ __forceinline__ void end() {
-#pragma unroll
-        for (int at = 0; at < kSlots; ++at) {
-            codes_here[at].end();
-        }
-        grid_here.end();
+        grid.init();
     }
 };
 
-template <class Ring> __device__ __forceinline__ void fetch_codes(Ring & stage, const Problem & p, int64_t slot, int part) {
+template <class Ring>
+__device__ __forceinline__ void fetch_codes(Ring & stage, StageArrivals & here, const Problem & p, int64_t slot, int part) {
     constexpr int kBytes = Ring::kPartBytes;
-    const int at = part % Ring::kSlots;
-    stage.codes_here[at].copy(stage.codes[at], p.planes.codes_of(slot) + part * kBytes, kBytes, p.reads_once);
-    stage.codes_here[at].commit(kBytes);
+    here.codes[part % kSlots].copy(stage.codes[part % kSlots], p.planes.codes_of(slot) + part * kBytes, kBytes);
 }
 
-template <class Ring> __device__ __forceinline__ void fetch_grid(Ring & stage, const Problem & p, int64_t slot) {
-    stage.grid_here.copy(stage.grid, p.planes.center_of(slot), sizeof(stage.grid), p.reads_once);
-    stage.grid_here.commit(sizeof(stage.grid));
+template <class Ring>
+__device__ __forceinline__ void fetch_grid(Ring & stage, StageArrivals & here, const Problem & p, int64_t slot) {
+    here.grid.copy(stage.grid, p.planes.center_of(slot), sizeof(stage.grid));
 }
 
 // Of a block's BlockBounds, which are too small for a copy, each lane has one number.
@@ -379,23 +411,26 @@ template <int n_tiles> __device__ __forceinline__ ToBin quantize(const float (&q
     return to;
 }
 
-// The scan of a share by a whole thread block; type: of the keys that are probed. False in all threads: something
+// The scan of a share by a whole thread block. False in all threads: something
 // was not finite; `begun` says whether it was so from the beginning, for all thread blocks of the group. Leaves in shared memory
-// the histograms and the mass.
-template <DType type, int n_tiles, class Ring, int n_most, int n_channels, int n_warps>
+// the histograms and the mass. Of the j-th of its blocks, if there are such cells: keep.words(j, words) by a lane, the visible
+// and the indexed cells, of all blocks; keep.longest(j, norm) by a lane; and keep.bins(j, block, i, slack, bins) by 8 lanes to
+// each query i, each with 8 cells' bins.
+template <int n_tiles, class Probes, class Ring, int n_most, int n_channels, int n_warps, class Keep>
 __device__ __forceinline__ bool scan_share(const Problem & p, int group, const OwnBlocks & own,
-                                           const LoadedQuery<n_channels> & loaded, Queries<n_most, n_channels> & queries,
-                                           ScanShared<n_most, n_warps> & s, Ring & stage, bool & begun) {
+                                           const LoadedQuery<n_channels> & loaded, const Probes & probes,
+                                           Queries<n_most, n_channels> & queries, ScanShared<n_most, n_warps> & s, Ring & stage,
+                                           StageArrivals & here, const Keep & keep, bool & begun) {
     constexpr int n_quad = n_most / kQuad;
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (lane == 0) {
-        stage.init();
+        here.init();
     }
     __syncwarp();
     const Sight & sight = p.sight[p.row_of_group(group)];
-    const int probes_end = p.given != nullptr ? 0 : sight.probes_end;
-    const int probes_begin = p.given != nullptr ? p.n_blocks * kBlockCells : sight.probes_begin;
+    const int probes_end = Probes::kGiven ? 0 : sight.probes_end;
+    const int probes_begin = Probes::kGiven ? p.n_blocks * kBlockCells : sight.probes_begin;
     const uint64_t * visible = p.visible_of(group);
     const int64_t first_slot = p.slot_of(group, 0);
     const uint64_t * indexed = p.planes.indexed + first_slot;
@@ -406,15 +441,16 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
     };
     const Words first = words_of(block);
     const Words second = words_of(block - stride);
+    int j = warp;
     float bound = block >= 0 ? bound_of(p.planes, first_slot + block) : 0.0f;
     uint64_t cells = first.cells();
     uint64_t next_cells = second.cells();
     const auto stream = [&] {
         if (cells != 0) {
-            fetch_grid(stage, p, first_slot + block);
-#pragma unroll
-            for (int part = 0; part < Ring::kSlots; ++part) {
-                fetch_codes(stage, p, first_slot + block, part);
+            fetch_grid(stage, here, p, first_slot + block);
+#pragma unroll 1
+            for (int part = 0; part < kSlots; ++part) {
+                fetch_codes(stage, here, p, first_slot + block, part);
             }
         }
     };
@@ -422,17 +458,13 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
     float query[n_quad][n_tiles][4];
     float norm[n_quad];
     float reference[n_quad];
-    begun = begin_scan<type, n_most, n_channels, n_warps>(p, group, loaded, queries, s, norm, reference, stream);
+    begun = begin_scan<n_most, n_channels, n_warps>(p, group, loaded, probes, queries, s, norm, reference, stream);
     if (!begun) {
         if (cells != 0) {  // nothing may arrive once the thread block goes on
-            stage.grid_here.wait(0);
-            for (Arrival & codes_here : stage.codes_here) {
-                codes_here.wait(0);
+            here.grid.wait(0);
+            for (Arrival & of_slot : here.codes) {
+                of_slot.wait(0);
             }
-        }
-        __syncwarp();
-        if (lane == 0) {
-            stage.end();
         }
         return false;
     }
@@ -447,123 +479,127 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
         }
     }
     const int n_query = p.n_query_of(group);
-    const float octave = 1.0f / kBinsPerOctave;
+    constexpr float kOctave = 1.0f / kBinsPerOctave;
     uint64_t lower[n_quad] = {};  // of query z * kQuad + lane % 4
     int scanned = 0;
     bool failed = false;
     uint32_t phases = 0;  // of the slots
     uint32_t grid_phase = 0;
+    if (lane == 0) {
+        keep.words(j, first);
+        keep.words(j + n_warps, second);
+    }
     if (first.others() != 0) {
         failed = note_others(p, group, block, first);
     }
     if (second.others() != 0) {
         failed = note_others(p, group, block - stride, second) || failed;
     }
-
-    uint32_t levels[n_quad][n_tiles][2];
-    ToBin to[n_quad];
-    const auto prepare = [&] {
-        stage.grid_here.wait(grid_phase);
-        grid_phase ^= 1;
-        const auto number = [&](int k) { return __shfl_sync(~0u, bound, k); };
-        const BlockBounds bounds{number(0), number(1), number(2), number(3), number(4)};
-#pragma unroll
-        for (int z = 0; z < n_quad; ++z) {
-            to[z] = quantize<n_tiles>(query[z], norm[z], reference[z], stage.grid, bounds, p.planes.key_dim, p.to_log2,
-                                      p.certified, levels[z]);
-        }
-    };
-    if (cells != 0) {
-        prepare();
-    }
+    // What runs once is paid by the instruction: so the levels are made in one place, and parts of a block go round a loop.
+#pragma unroll 1
     while (block >= 0) {
         const int next = block - stride;
         const Words after = words_of(next - stride);
-        float places[n_quad][8];
+        uint32_t levels[n_quad][n_tiles][2];
+        ToBin to[n_quad];  // of query z * kQuad + lane % 4
+        if (cells != 0) {
+            here.grid.wait(grid_phase);
+            grid_phase ^= 1;
+            const auto of_block = [&](int k) { return __shfl_sync(~0u, bound, k); };
+            const BlockBounds bounds{of_block(0), of_block(1), of_block(2), of_block(3), of_block(4)};
+            if (lane == 0) {
+                keep.longest(j, bounds.value_norm);
+            }
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+            for (int z = 0; z < n_quad; ++z) {
+                const ToBin own_query = quantize<n_tiles>(query[z], norm[z], reference[z], stage.grid, bounds, p.planes.key_dim,
+                                                          p.to_log2, p.certified, levels[z]);
+                // From the lanes that quantized a query to those that hold its results.
+                to[z].scale = __shfl_sync(~0u, own_query.scale, lane % 4 * 8);
+                to[z].offset = __shfl_sync(~0u, own_query.offset, lane % 4 * 8);
+                to[z].slack = __shfl_sync(~0u, own_query.slack, lane % 4 * 8);
+            }
+        }
+        uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
+        // What the probes weigh is known already.
+        const int cell = block * kBlockCells + lane / 4 * 8;
+        uint32_t counted = mine & 0xffu << min(max(probes_end - cell, 0), 8) & 0xffu >> min(max(cell + 8 - probes_begin, 0), 8);
+        float mass[n_quad] = {};
+        uint64_t bins[n_quad] = {};
+#pragma unroll 1
+        for (int part = 0; part < Ring::kParts; ++part) {
             constexpr int kOfPart = Ring::kQuartersOfPart;
-            const int part = r / kOfPart;
-            const int at = part % Ring::kSlots;
+            const int at = part % kSlots;
+            int sum[n_quad][kOfPart][4] = {};
             if (cells != 0) {
-                if (r % kOfPart == 0) {
-                    stage.codes_here[at].wait(phases >> at & 1);
-                    phases ^= 1u << at;
-                }
-                int sum[n_quad][4] = {};
+                here.codes[at].wait(phases >> at & 1);
+                phases ^= 1u << at;
 #pragma unroll
-                for (int t = 0; t < n_tiles; ++t) {
-                    const uint4 codes = stage.codes[at][r % kOfPart][t][lane];
+                for (int r = 0; r < kOfPart; ++r) {
 #pragma unroll
-                    for (int z = 0; z < n_quad; ++z) {
-                        multiply_add(sum[z], codes, levels[z][t]);
+                    for (int t = 0; t < n_tiles; ++t) {
+                        const uint4 codes = stage.codes[at][r][t][lane];
+#pragma unroll
+                        for (int z = 0; z < n_quad; ++z) {
+                            multiply_add(sum[z][r], codes, levels[z][t]);
+                        }
                     }
                 }
+            }
+            __syncwarp();  // all lanes have read the part, and the grid
+            if (part == 0 && next_cells != 0) {
+                fetch_grid(stage, here, p, first_slot + next);
+                bound = bound_of(p.planes, first_slot + next);
+            }
+            const int later = part + kSlots;
+            const bool is_of_next = later >= Ring::kParts;
+            if ((is_of_next ? next_cells : cells) != 0) {
+                fetch_codes(stage, here, p, first_slot + (is_of_next ? next : block), later % Ring::kParts);
+            }
+            if (cells == 0) {
+                continue;
+            }
 #pragma unroll
-                for (int z = 0; z < n_quad; ++z) {
-                    places[z][2 * r] = static_cast<float>(256 * sum[z][0] + sum[z][1]);
-                    places[z][2 * r + 1] = static_cast<float>(256 * sum[z][2] + sum[z][3]);
+            for (int z = 0; z < n_quad; ++z) {
+                const int i = z * kQuad + lane % 4;
+#pragma unroll
+                for (int e = 0; e < 2 * kOfPart; ++e) {
+                    const int(&of_quarter)[4] = sum[z][e / 2];
+                    const auto dot = static_cast<float>(256 * of_quarter[e % 2 * 2] + of_quarter[e % 2 * 2 + 1]);
+                    const float place = fmaf(dot, to[z].scale, to[z].offset);
+                    const uint32_t bin = bin_bits(place) & 0xffu;
+                    if (i < n_query && (mine >> e & 1) != 0) {
+                        mass[z] += (counted >> e & 1) != 0 ? exp2_fast(fmaf(place, kOctave, -kReferenceBin * kOctave)) : 0.0f;
+                        atomicAdd(&s.histogram[i][bin], 1u);
+                    }
+                    bins[z] = bins[z] >> 8 | static_cast<uint64_t>(bin) << 56;
                 }
             }
-            if ((r + 1) % kOfPart == 0) {
-                __syncwarp();  // all lanes have read the part, and the grid
-                if (part == 0 && next_cells != 0) {
-                    fetch_grid(stage, p, first_slot + next);
-                    bound = bound_of(p.planes, first_slot + next);
-                }
-                const int later = part + Ring::kSlots;
-                const bool is_of_next = later >= Ring::kParts;
-                if ((is_of_next ? next_cells : cells) != 0) {
-                    fetch_codes(stage, p, first_slot + (is_of_next ? next : block), later % Ring::kParts);
-                }
-            }
+            mine >>= 2 * kOfPart;
+            counted >>= 2 * kOfPart;
         }
         if (cells != 0) {
             scanned += __popcll(static_cast<long long>(cells));
-            const uint32_t mine = static_cast<uint32_t>(cells >> (lane / 4 * 8)) & 0xffu;  // the 8 cells of this lane's results
-            // What the probes weigh is known already.
-            const int cell = block * kBlockCells + lane / 4 * 8;
-            const uint32_t counted =
-                mine & 0xffu << min(max(probes_end - cell, 0), 8) & 0xffu >> min(max(cell + 8 - probes_begin, 0), 8);
 #pragma unroll
             for (int z = 0; z < n_quad; ++z) {
-                // From the lanes that quantized a query to those that hold its results.
-                const float scale = __shfl_sync(~0u, to[z].scale, lane % 4 * 8);
-                const float offset = __shfl_sync(~0u, to[z].offset, lane % 4 * 8);
-                const float slack = __shfl_sync(~0u, to[z].slack, lane % 4 * 8);
                 const int i = z * kQuad + lane % 4;
                 if (i >= n_query) {
                     continue;
                 }
-                uint32_t bins[8];
-                float sum = 0;
-#pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    const float place = fmaf(places[z][e], scale, offset);
-                    bins[e] = bin_bits(place);
-                    if ((mine >> e & 1) != 0) {
-                        sum += (counted >> e & 1) != 0 ? exp2_fast(fmaf(place, octave, -kReferenceBin * octave)) : 0.0f;
-                        atomicAdd(&s.histogram[i][bins[e] & 0xffu], 1u);
-                    }
-                }
                 // From upper to lower bounds: down by twice the slack.
-                sum *= exp2_fast(-2.0f * slack);
-                failed = failed || !isfinite(sum) || !isfinite(offset);
-                add_mass(sum, lower[z], s.large[i]);
-                const int64_t at = (static_cast<int64_t>(group) * p.n_shared + i) * p.n_blocks + block;
-                *reinterpret_cast<uint2 *>(p.bins + at * kBlockCells + lane / 4 * 8) =
-                    make_uint2(low_bytes(bins[0], bins[1], bins[2], bins[3]), low_bytes(bins[4], bins[5], bins[6], bins[7]));
-                if (lane / 4 == 0) {
-                    p.slack[at] = slack;
-                }
+                const float least = mass[z] * exp2_fast(-2.0f * to[z].slack);
+                failed = failed || !(fabsf(least) < infinity()) || !(fabsf(to[z].offset) < infinity());
+                add_mass(least, lower[z], s.large[i]);
+                keep.bins(j, block, i, to[z].slack, bins[z]);
             }
         }
-        if (next_cells != 0) {
-            prepare();
-        }
+        j += n_warps;
         block = next;
         cells = next_cells;
         next_cells = after.cells();
+        if (lane == 0) {
+            keep.words(j + n_warps, after);
+        }
         if (after.others() != 0) {
             failed = note_others(p, group, block - stride, after) || failed;
         }
@@ -579,13 +615,9 @@ __device__ __forceinline__ bool scan_share(const Problem & p, int group, const O
         }
     }
     if (lane == 0) {
-        s.scanned[warp] = scanned;
+        atomicAdd(&s.scanned, scanned);
     }
-    const bool has_failed = __syncthreads_or(failed ? 1 : 0) != 0;
-    if (lane == 0) {
-        stage.end();
-    }
-    return !has_failed;
+    return __syncthreads_or(failed ? 1 : 0) == 0;
 }
 
 // A lower bound on what the share of a query weighs, with its part of what the probes do. By a warp, the same in all lanes.

@@ -50,6 +50,26 @@ __device__ __forceinline__ float sum_of_warp(float (&x)[8]) {
     return x[0] + __shfl_xor_sync(~0u, x[0], 1);
 }
 
+// Of n values at once over `width` lanes: lane l has the sum of value l % n.
+template <int n, int width> __device__ __forceinline__ float transposed_sum(float (&values)[n]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int left = n, bit = 1; left > 1; left /= 2, bit *= 2) {
+        const bool upper = (lane & bit) != 0;
+#pragma unroll
+        for (int j = 0; j < left / 2; ++j) {
+            const float keep = upper ? values[2 * j + 1] : values[2 * j];
+            const float give = upper ? values[2 * j] : values[2 * j + 1];
+            values[j] = keep + __shfl_xor_sync(~0u, give, bit);
+        }
+    }
+#pragma unroll
+    for (int bit = n; bit < width; bit *= 2) {
+        values[0] += __shfl_xor_sync(~0u, values[0], bit);
+    }
+    return values[0];
+}
+
 // Of the lanes before this one. Of whole numbers: what is taken away again would leave a float's rounding.
 template <class T> __device__ __forceinline__ T exclusive_sum(T x) {
     static_assert(std::is_integral_v<T>);

@@ -15,7 +15,7 @@ struct Copies {
     std::deque<std::vector<Copy>> batches;
 };
 std::array<Copies, kMostThreads> under_way;
-std::map<const Arrival *, std::vector<Copy>> of_arrivals;
+std::map<const Arrival *, Copy> of_arrivals;
 
 void demand(bool holds, const char * what) {
     if (!holds) {
@@ -26,33 +26,28 @@ void demand(bool holds, const char * what) {
 
 }  // namespace
 
-void Arrival::ask(void * to, const void * from, int bytes) {
+void Arrival::copy(void * to, const void * from, int bytes) {
     __syncwarp();  // the same for all lanes
     demand((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes)) % 16 == 0,
            "a copy that is not aligned");
     if (simt::lane() == 0) {
         std::memset(to, 0xff, static_cast<size_t>(bytes));
-        of_arrivals[this].push_back({static_cast<std::byte *>(to), static_cast<const std::byte *>(from), bytes});
-        asked_ += bytes;
+        of_arrivals[this] = {static_cast<std::byte *>(to), static_cast<const std::byte *>(from), bytes};
+        demand(!asked_, "a copy before the one before it was waited for");
+        asked_ = true;
     }
-}
-
-void Arrival::commit(int bytes) {
-    __syncwarp();
-    demand(asked_ == bytes, "an arrival of another number of bytes than was asked for");
 }
 
 void Arrival::wait(uint32_t phase) {
     __syncwarp();
-    demand(phase == phase_ && asked_ > 0, "a wait for another phase than the one that is open");
+    demand(phase == phase_ && asked_, "a wait for another phase than the one that is open");
     __syncwarp();
     if (simt::lane() == 0) {
-        for (const Copy & copy : of_arrivals[this]) {
-            std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-        }
+        const Copy & copy = of_arrivals.at(this);
+        std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
         of_arrivals.erase(this);
         phase_ ^= 1;
-        asked_ = 0;
+        asked_ = false;
     }
     __syncwarp();
 }

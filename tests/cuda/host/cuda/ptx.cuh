@@ -14,6 +14,8 @@ inline float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline float sqrt_fast(float x) { return x < 0x1p-126f ? 0.0f : std::sqrt(x); }
+
 inline void multiply_add(int (&sum)[4], const uint4 & rows, const uint32_t (&columns)[2]) {
     struct Operands {
         uint32_t rows[4];
@@ -95,8 +97,8 @@ void end_copies(int n_batches);  // all but the last ones, in the order in which
 template <int bytes> void copy_async(void * to, const void * from) {
     begin_copy({static_cast<std::byte *>(to), static_cast<const std::byte *>(from), bytes});
 }
-inline void copy_async_or_zero(void * to, const void * from, bool copies) {
-    begin_copy({static_cast<std::byte *>(to), copies ? static_cast<const std::byte *>(from) : nullptr, 16});
+inline void copy_async_or_zero(void * to, const void * from, int bytes) {  // 0 or 16
+    begin_copy({static_cast<std::byte *>(to), bytes != 0 ? static_cast<const std::byte *>(from) : nullptr, 16});
 }
 inline void commit_copies() { end_batch(); }
 template <int n> void wait_for_copies() { end_copies(n); }
@@ -109,20 +111,19 @@ inline int arrive(int * count, int n) { return atomicAdd(count, n); }
 
 inline void prefetch(const void *) {}
 
-// Fails where a warp waits for another phase than the one that is open, or not for all that was asked for.
+// Fails where a warp waits for another phase than the one that is open, or for nothing.
 class Arrival {
   public:
-    void init() { phase_ = asked_ = 0; }
-    void end() {}
-    void copy(void * to, const void * from, int bytes, bool) { ask(to, from, bytes); }
-    void commit(int bytes);
+    void init() {
+        phase_ = 0;
+        asked_ = false;
+    }
+    void copy(void * to, const void * from, int bytes);
     void wait(uint32_t phase);
 
   private:
-    void ask(void * to, const void * from, int bytes);
-
     uint32_t phase_;
-    int asked_;  // bytes
+    bool asked_;
 };
 
 }  // namespace louver::cuda
