@@ -23,10 +23,10 @@ constexpr double kMostScore = 0x1p100;
 constexpr double kReferenceError = 8 * kWeightError;
 constexpr double kReferenceUnit = 0x1p-19;
 
-// Of one pass over the keys: the bins and survivors of its groups have to fit.
+// Of one pass over the keys: the bins of its groups, and what their shares keep, have to fit.
 constexpr int64_t kMostGroupCells = int64_t{1} << 27;
 constexpr int kMostGroups = 512;
-// Of the index: lists of survivors count in int32.
+// Of the index: cells are counted in int32.
 constexpr int64_t kMostCells = int64_t{1} << 30;
 constexpr int kMostHeads = 4096;
 

@@ -80,16 +80,8 @@ __device__ __forceinline__ uint64_t read_once() {
     return policy;
 }
 
-// From global into shared memory; there for the thread that asked after wait_for_copies().
-template <int bytes> __device__ __forceinline__ void copy_async(void * to, const void * from) {
-    const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    if constexpr (bytes == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(bytes) : "memory");
-    }
-}
-// 16 bytes, of which the first `bytes` are read, and the others are zeros.
+// 16 bytes from global into shared memory, of which the first `bytes` are read, and the others are zeros; there for the thread
+// that asked after wait_for_copies().
 __device__ __forceinline__ void copy_async_or_zero(void * to, const void * from, int bytes) {
     const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(from), "r"(bytes),

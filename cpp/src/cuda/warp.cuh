@@ -34,22 +34,6 @@ __device__ __forceinline__ float largest_of_warp(float x) {
     return x;
 }
 
-// Of 8 values at once: the sum of the (lane / 4)-th.
-__device__ __forceinline__ float sum_of_warp(float (&x)[8]) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-    for (int n = 4; n > 0; n /= 2) {
-        const bool upper = (lane & 4 * n) != 0;
-#pragma unroll
-        for (int k = 0; k < n; ++k) {
-            const float other = upper ? x[k] : x[k + n];
-            x[k] = (upper ? x[k + n] : x[k]) + __shfl_xor_sync(~0u, other, 4 * n);
-        }
-    }
-    x[0] += __shfl_xor_sync(~0u, x[0], 2);
-    return x[0] + __shfl_xor_sync(~0u, x[0], 1);
-}
-
 // Of n values at once over `width` lanes: lane l has the sum of value l % n.
 template <int n, int width> __device__ __forceinline__ float transposed_sum(float (&values)[n]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -94,9 +94,6 @@ void begin_copy(const Copy & copy);
 void end_batch();
 void end_copies(int n_batches);  // all but the last ones, in the order in which they began
 
-template <int bytes> void copy_async(void * to, const void * from) {
-    begin_copy({static_cast<std::byte *>(to), static_cast<const std::byte *>(from), bytes});
-}
 inline void copy_async_or_zero(void * to, const void * from, int bytes) {  // 0 or 16
     begin_copy({static_cast<std::byte *>(to), bytes != 0 ? static_cast<const std::byte *>(from) : nullptr, 16});
 }
